@@ -68,6 +68,8 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     An older folder at `path` is deleted only after the new one stands. After an error `path` is as it was.
     """
     path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file, not a folder; choose another place")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     new, old = temporary / "new", temporary / "old"
@@ -78,7 +80,7 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             path.rename(old)
         try:
             new.rename(path)
-        except OSError:
+        except BaseException:
             if old.exists():
                 old.rename(path)
             raise

@@ -25,7 +25,8 @@ def command(main: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[s
             message = str(error)
         except OSError as error:  # a full disk, an unwritable folder
             message = f"{error.filename or 'input/output'}: {error.strerror or error}"
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        # A file name that is not UTF-8 holds surrogates, which not every stderr takes.
+        print(f"error: {message}".encode(errors="backslashreplace").decode(), file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     return wrapper

@@ -1,0 +1,58 @@
+# `make` alone lists the targets. A baseline's target takes more flags: make strong ARGS="--learning_rate 2e-5"
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# More for accelerate, e.g. LAUNCH_ARGS="--config_file configs/accelerate/multi_gpu.yaml"
+LAUNCH_ARGS ?=
+ARGS ?=
+RUN_QA = $(BIN)/accelerate launch $(LAUNCH_ARGS) run_qa.py
+
+.PHONY: help setup demo test lint data simple medium strong boss push clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/installed  ## make the virtual environment
+
+$(VENV)/installed: requirements.txt constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+demo: $(VENV)/installed  ## generate a sample, train a small model on it, score it, answer its test questions
+	$(BIN)/python make_sample.py --output_dir data/sample
+	$(BIN)/python prepare_drcd.py --data_dir data/sample --output_dir data/sample/dataset
+	$(RUN_QA) --config configs/demo.yaml $(ARGS)
+
+test: $(VENV)/installed-dev  ## run the tests
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: $(VENV)/installed-dev  ## check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+data: $(VENV)/installed  ## make data/drcd of the course files: make data DATA_DIR=folder/of/hw7_train.json
+	$(BIN)/python prepare_drcd.py --data_dir $(or $(DATA_DIR),$(error DATA_DIR=folder/of/hw7_train.json is missing)) $(ARGS)
+
+simple: $(VENV)/installed  ## the simple baseline: train, score dev, write submission.csv
+	$(RUN_QA) --config configs/simple.yaml $(ARGS)
+
+medium: $(VENV)/installed  ## the medium baseline
+	$(RUN_QA) --config configs/medium.yaml $(ARGS)
+
+strong: $(VENV)/installed  ## the strong baseline
+	$(RUN_QA) --config configs/strong.yaml $(ARGS)
+
+boss: $(VENV)/installed  ## the boss baseline
+	$(RUN_QA) --config configs/boss.yaml $(ARGS)
+
+push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/strong REPO=name/of-repository
+	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(or $(RUN),$(error RUN=outputs/... is missing)) . \
+		--exclude "checkpoint-*" --exclude training_args.bin --exclude run.json
+
+clean:  ## delete the virtual environment, the sample and the demo's run; data/drcd and other runs stay
+	rm -rf $(VENV) data/sample outputs/demo

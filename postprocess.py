@@ -1,0 +1,274 @@
+"""Spans → answers → submission: the exact n-best span search, its merging over windows, and the files it ends in.
+
+Run alone, it rewrites predictions and submission from the n-best file of a run, without the model:
+
+    python postprocess.py outputs/strong
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from files import UserError, read_json, replacing_file, write_json
+from options import Parser, command
+
+MISSING = -1  # the character offset of a candidate that is not there
+
+
+def best_spans(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    char_starts: torch.Tensor,
+    char_ends: torch.Tensor,
+    n_best_size: int,
+    max_answer_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The exact `n_best_size` best distinct spans of each window, on the tensors' device.
+
+    Candidates are all token spans whose two ends cover characters (`char_starts < char_ends`) and which hold at most
+    `max_answer_length` tokens; score = start logit + end logit in float32. Of several token spans over the same
+    characters (byte-level tokens of one Chinese character) the best counts. Ties go to the earlier start, then to the
+    earlier end.
+
+    Args: all [windows, tokens]; `char_starts`, `char_ends` in characters of the paragraph, end exclusive.
+
+    Returns scores [windows, n_best_size], float32, falling, -inf where a window has fewer candidates; and spans
+    [windows, n_best_size, 2], a candidate's first character and the one after its last, `MISSING` where there is none.
+    """
+    tokens = start_logits.shape[1]
+    width = min(max_answer_length, tokens)
+    usable = char_starts < char_ends
+    starts = start_logits.float().masked_fill(~usable, -torch.inf)
+    ends = end_logits.float().masked_fill(~usable, -torch.inf)
+    # scores[row, i, l] is the span from token i to token i + l: only the band within max_answer_length is ever made.
+    ends = torch.nn.functional.pad(ends, (0, width - 1), value=-torch.inf).unfold(1, width, 1)
+    scores = (starts[:, :, None] + ends).flatten(1)
+    share = _tokens_a_character(char_starts, char_ends, usable)
+    kept = min(n_best_size * share, scores.shape[1])
+    scores, flat = _stable_top(scores, kept)
+    first, last = flat // width, (flat // width + flat % width).clamp_max(tokens - 1)
+    spans = torch.stack([char_starts.gather(1, first), char_ends.gather(1, last)], dim=2)
+    missing = scores == -torch.inf
+    spans[missing] = MISSING
+    if share > 1:
+        scores, spans = _drop_repeats(scores, spans)
+    lacking = max(0, n_best_size - scores.shape[1])
+    scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
+    spans = torch.nn.functional.pad(spans, (0, 0, 0, lacking), value=MISSING)
+    return scores[:, :n_best_size], spans[:, :n_best_size]
+
+
+def independent_spans(
+    start_logits: torch.Tensor,
+    end_logits: torch.Tensor,
+    char_starts: torch.Tensor,
+    char_ends: torch.Tensor,
+    n_best_size: int,
+    max_answer_length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sample code's choice, as `best_spans` would return it: best start and best end of a window, independently.
+
+    One candidate a window. Its text is empty where the end comes before the start; `max_answer_length` does not hold.
+    """
+    usable = char_starts < char_ends
+    start_scores, first = start_logits.float().masked_fill(~usable, -torch.inf).max(dim=1, keepdim=True)
+    end_scores, last = end_logits.float().masked_fill(~usable, -torch.inf).max(dim=1, keepdim=True)
+    begin = char_starts.gather(1, first)
+    spans = torch.stack([begin, torch.maximum(char_ends.gather(1, last), begin)], dim=2)
+    scores = start_scores + end_scores
+    spans[scores == -torch.inf] = MISSING
+    lacking = n_best_size - 1
+    return (
+        torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf),
+        torch.nn.functional.pad(spans, (0, 0, 0, lacking), value=MISSING),
+    )
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates of many questions, best first: question i has `[bounds[i], bounds[i + 1])` of the flat arrays.
+
+    `spans` [candidates, 2] in characters of the paragraph, end exclusive; `scores` float32; `probabilities` sum to 1
+    over a question's candidates.
+    """
+
+    bounds: np.ndarray
+    spans: np.ndarray
+    scores: np.ndarray
+    probabilities: np.ndarray
+
+
+def merge_windows(
+    examples: np.ndarray, scores: np.ndarray, spans: np.ndarray, questions: int, n_best_size: int
+) -> Candidates:
+    """The `n_best_size` best candidates of every question over all its windows.
+
+    A span seen in several windows counts once, with its best score. Ties go to the earlier start, then the earlier
+    end, so the order of the windows does not matter.
+
+    Args: `examples` [windows], the question of a window, below `questions`; `scores` [windows, n];
+    `spans` [windows, n, 2], `MISSING` where there is no candidate.
+    """
+    present = spans[:, :, 0] != MISSING
+    question = np.broadcast_to(examples[:, None], present.shape)[present]
+    spans, scores = spans[present], scores[present].astype(np.float32)
+    order = np.lexsort((-scores, spans[:, 1], spans[:, 0], question))
+    question, spans, scores = question[order], spans[order], scores[order]
+    new = np.ones(len(question), dtype=bool)
+    new[1:] = (question[1:] != question[:-1]) | (spans[1:] != spans[:-1]).any(axis=1)
+    question, spans, scores = question[new], spans[new], scores[new]
+    order = np.lexsort((-scores, question))  # stable: ties stay in the order of start and end
+    question, spans, scores = question[order], spans[order], scores[order]
+    rank = np.arange(len(question)) - np.searchsorted(question, question)
+    question, spans, scores = (values[rank < n_best_size] for values in (question, spans, scores))
+    bounds = np.searchsorted(question, np.arange(questions + 1))
+    return Candidates(bounds, spans, scores, _softmax(scores, bounds))
+
+
+def nbest_lists(candidates: Candidates, contexts: Sequence[str]) -> Iterator[list[dict]]:
+    """Each question's candidates, best first, as they stand in an n-best file.
+
+    A candidate is its `text`, cut from the paragraph; `start` and `end` in characters, end exclusive; `score`; and
+    `probability`. A question without any candidate (an empty paragraph) has an empty list.
+    """
+    starts, ends = candidates.spans[:, 0].tolist(), candidates.spans[:, 1].tolist()
+    scores, probabilities = candidates.scores.tolist(), candidates.probabilities.tolist()
+    for context, begin, end in zip(contexts, candidates.bounds, candidates.bounds[1:], strict=False):
+        yield [
+            {"text": context[starts[i] : ends[i]], "start": starts[i], "end": ends[i], "score": scores[i],
+             "probability": probabilities[i]}
+            for i in range(begin, end)
+        ]  # fmt: skip
+
+
+def best_texts(candidates: Candidates, contexts: Sequence[str]) -> list[str]:
+    """The best candidate's text of every question, empty where there is no candidate."""
+    first, found = candidates.bounds[:-1], np.diff(candidates.bounds) > 0
+    spans = np.zeros((len(first), 2), dtype=np.int64)
+    spans[found] = candidates.spans[first[found]]
+    return [context[start:end] for context, (start, end) in zip(contexts, spans.tolist(), strict=True)]
+
+
+def write_answers(output_dir: Path, split: str, ids: Sequence[str], nbest: Sequence[list[dict]]) -> list[Path]:
+    """Write `{split}_nbest_predictions.json`, `{split}_predictions.json` and, for the test split, `submission.csv`.
+
+    Returns the paths. Each file is replaced as a whole.
+    """
+    paths = [output_dir / f"{split}_predictions.json", output_dir / f"{split}_nbest_predictions.json"]
+    texts = {id_: candidates[0]["text"] if candidates else "" for id_, candidates in zip(ids, nbest, strict=True)}
+    write_json(paths[0], texts)
+    with replacing_file(paths[1]) as file:
+        file.write("{")
+        for number, (id_, candidates) in enumerate(zip(ids, nbest, strict=True)):
+            line = f"{json.dumps(id_, ensure_ascii=False)}: {json.dumps(candidates, ensure_ascii=False)}"
+            file.write(f"{',' if number else ''}\n{line}")
+        file.write("\n}\n")
+    if split == "test":
+        paths.append(output_dir / "submission.csv")
+        write_submission(paths[-1], texts)
+    return paths
+
+
+def write_submission(path: Path, texts: dict[str, str]) -> None:
+    """Kaggle's CSV of the course: `ID,Answer`, ASCII commas deleted from the answers.
+
+    Course ids are written in numerical order, ids of other data in the order of `texts`.
+    """
+    ids = sorted(texts, key=int) if all(id_.isascii() and id_.isdigit() for id_ in texts) else list(texts)
+    with replacing_file(path, newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["ID", "Answer"])
+        writer.writerows([id_, texts[id_].replace(",", "")] for id_ in ids)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__)
+    parser.add_argument("run", type=Path, help="output folder of a run, with its *_nbest_predictions.json")
+    parser.add_argument("--output_dir", type=Path, help="folder to write to (default: the run's own)")
+    arguments = parser.parse_args(argv)
+    splits = [split for split in ("eval", "test") if nbest_path(arguments.run, split).exists()]
+    if not splits:
+        raise UserError(f"{arguments.run}: no *_nbest_predictions.json there; run run_qa.py with it as --output_dir")
+    for split in splits:
+        nbest = read_nbest(nbest_path(arguments.run, split))
+        for path in write_answers(arguments.output_dir or arguments.run, split, list(nbest), list(nbest.values())):
+            print(f"wrote {path}")
+
+
+def nbest_path(run: Path, split: str) -> Path:
+    """Where a run's n-best file of a split ("eval" or "test") lies."""
+    return run / f"{split}_nbest_predictions.json"
+
+
+def read_nbest(path: Path) -> dict[str, list[dict]]:
+    """The n-best lists by question id. Raises UserError naming file and id if one is not as `nbest_lists` made it."""
+    nbest = read_json(path)
+    if not isinstance(nbest, dict):
+        raise UserError(f"{path}: must hold one object of question ids, holds a {type(nbest).__name__}")
+    for id_, candidates in nbest.items():
+        if not isinstance(candidates, list) or not all(map(_is_candidate, candidates)):
+            raise UserError(
+                f"{path}: question {id_!r}: must be a list of candidates with text, start, end, score and probability"
+            )
+    return nbest
+
+
+def _is_candidate(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("text"), str)
+        and all(type(value.get(name)) is int and value[name] >= 0 for name in ("start", "end"))
+        and all(type(value.get(name)) in (int, float) and np.isfinite(value[name]) for name in ("score", "probability"))
+    )
+
+
+def _stable_top(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `kept` largest of each row and their places, equal ones by place. `torch.topk` leaves their order open."""
+    top, places = scores.topk(kept, dim=1)
+    least = top[:, -1:]
+    # Where the last one kept has equals that were not kept, only a stable sort says which of them comes first.
+    unclear = ((scores >= least).sum(dim=1) > kept) & (least[:, 0] > -torch.inf)
+    if unclear.any():
+        places[unclear] = scores[unclear].sort(dim=1, descending=True, stable=True).indices[:, :kept]
+    places = places.sort(dim=1).values
+    top, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return top, places.gather(1, order)
+
+
+def _tokens_a_character(char_starts: torch.Tensor, char_ends: torch.Tensor, usable: torch.Tensor) -> int:
+    """How many token spans at most cover the same characters: 1 unless tokens share characters (byte-level ones)."""
+    most = 1
+    while True:
+        shared = usable[:, most:] & usable[:, :-most] & (char_starts[:, most:] < char_ends[:, :-most])
+        if not shared.any():
+            return most * most
+        most += 1
+
+
+def _drop_repeats(scores: torch.Tensor, spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row's candidates with later ones of the same span made missing and moved to the end."""
+    same = (spans[:, :, None] == spans[:, None, :]).all(dim=3)
+    repeated = same.tril(diagonal=-1).any(dim=2)
+    scores = scores.masked_fill(repeated, -torch.inf)
+    spans = spans.masked_fill(repeated[:, :, None], MISSING)
+    scores, order = scores.sort(dim=1, descending=True, stable=True)
+    return scores, spans.gather(1, order[:, :, None].expand_as(spans))
+
+
+def _softmax(scores: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Softmax within each `[bounds[i], bounds[i + 1])`, whose first score is its largest."""
+    counts = np.diff(bounds)
+    best = np.repeat(scores[bounds[:-1][counts > 0]], counts[counts > 0]).astype(np.float64)
+    exponential = np.exp(scores - best)
+    total = np.bincount(np.repeat(np.arange(len(counts)), counts), weights=exponential, minlength=len(counts))
+    return exponential / np.repeat(total, counts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Which run an output folder holds, and which checkpoint it goes on from."""
+
+import dataclasses
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from datasets.fingerprint import Hasher
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from arguments import RunArguments, RunOptions
+from files import UserError, read_json, write_json
+
+logger = logging.get_logger(__name__)
+
+_RUN_FILE = "run.json"
+
+# What training cannot feel: a run may go on with another value. Everything else shapes the weights.
+_WITHOUT_EFFECT = {
+    *("config", "dataset_name", "preprocessing_num_workers", "fresh_start", "trust_remote_code", "member"),
+    *("n_best_size", "max_answer_length", "span_choice", "max_eval_samples", "max_predict_samples"),
+    *("output_dir", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "eval_accumulation_steps"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product counts, see `shape`
+    *("log_level", "log_level_replica", "log_on_each_node", "logging_strategy", "logging_first_step"),
+    *("logging_steps", "logging_nan_inf_filter", "report_to", "run_name", "disable_tqdm", "project"),
+    *("save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "resume_from_checkpoint"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor"),
+    *("dataloader_multiprocessing_context", "dataloader_in_order", "skip_memory_metrics", "eval_on_start"),
+    *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
+    *("hub_revision", "ddp_timeout", "ddp_backend", "local_rank", "use_cpu", "debug", "trackio_space_id"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
+    *("gradient_checkpointing_kwargs", "eval_delay", "include_for_metrics", "include_num_input_tokens_seen"),
+}
+
+
+def shape(options: RunOptions, arguments: RunArguments, train: Dataset) -> dict[str, Any]:
+    """The options and data that decide which weights training ends with, as they stand in a JSON file.
+
+    The batch counts as a whole, over devices and accumulation, so that a run out of memory may go on in smaller steps.
+    """
+    options_of = {**dataclasses.asdict(options), **arguments.to_dict()}
+    shaping = {name: value for name, value in options_of.items() if name not in _WITHOUT_EFFECT}
+    shaping["train_batch_size"] = (
+        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    )
+    shaping["train_split"] = Hasher.hash([train[column][:] for column in ("id", "question", "context", "answers")])
+    return json.loads(json.dumps(shaping, default=str))
+
+
+def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool) -> None:
+    """Make `output_dir` this run's, or find that it is already.
+
+    Raises UserError if it holds another run, naming the options that differ. With `fresh_start` what an earlier run
+    left to go on from is deleted.
+    """
+    if fresh_start:
+        for checkpoint in checkpoints(output_dir):
+            shutil.rmtree(checkpoint)
+        (output_dir / _RUN_FILE).unlink(missing_ok=True)
+    stored = stored_run(output_dir)
+    if stored is None:
+        if checkpoints(output_dir):
+            raise UserError(
+                f"{output_dir} holds checkpoints of a run that is not known ({_RUN_FILE} is missing); choose another "
+                "--output_dir, or delete them with --fresh_start"
+            )
+        write_json(output_dir / _RUN_FILE, {"finished": False, "options": shaping})
+        return
+    options = stored["options"]
+    # Options that only one of two library versions knows are left out.
+    differing = sorted(name for name in options.keys() & shaping.keys() if options[name] != shaping[name])
+    if differing:
+        told = "; ".join(f"{name}: {options[name]!r} there, {shaping[name]!r} now" for name in differing)
+        raise UserError(
+            f"{output_dir} was begun with other options ({told}); use those, choose another --output_dir, or start "
+            "anew with --fresh_start"
+        )
+
+
+def finish(output_dir: Path) -> None:
+    """Note that the run in `output_dir` has been trained to its end and its model saved."""
+    write_json(output_dir / _RUN_FILE, {**stored_run(output_dir), "finished": True})
+
+
+def stored_run(output_dir: Path) -> dict[str, Any] | None:
+    """What `begin` and `finish` noted of the run in `output_dir`: `finished` and `options`; None where no run began."""
+    path = output_dir / _RUN_FILE
+    if not path.exists():
+        return None
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict):
+        raise UserError(f"{path}: not a run's own file; delete it, or choose another --output_dir")
+    return stored
+
+
+def last_complete_checkpoint(output_dir: Path, processes: int) -> Path | None:
+    """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
+    for checkpoint in checkpoints(output_dir):
+        if is_complete(checkpoint, processes):
+            return checkpoint
+        logger.warning(f"{checkpoint} is incomplete and is passed over")
+    return None
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoint folders in a run's folder, complete or not, newest first."""
+    found = [
+        path
+        for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-").isdigit()
+    ]
+    return sorted(found, key=lambda path: int(path.name.rsplit("-", 1)[1]), reverse=True)
+
+
+def is_complete(checkpoint: Path, processes: int) -> bool:
+    """Whether a checkpoint was written to its end by a run of so many processes.
+
+    `trainer_state.json` is written last, so it must be whole JSON; weights, optimizer, schedule and the random state
+    of every process must be whole archives, because the files of other processes may be later still, and because a
+    checkpoint may have been cut off while it was deleted.
+    """
+    random_states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        weights = list(checkpoint.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    archives = ["optimizer.pt", "scheduler.pt", *random_states]
+    return bool(weights) and all(zipfile.is_zipfile(checkpoint / name) for name in archives)

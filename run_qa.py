@@ -1,0 +1,369 @@
+"""Fine-tune a model for Chinese extractive question answering, score it, and answer the test questions.
+
+Reads a dataset in the SQuAD schema (`prepare_drcd.py` makes one of the course files) and a model with a fast tokenizer;
+writes the trained model, predictions, n-best lists, `submission.csv` and `all_results.json` to the output folder.
+
+    accelerate launch run_qa.py --model_name_or_path hfl/chinese-macbert-large
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import evaluate
+import torch
+from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    EvalPrediction,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers.utils import logging
+
+import resume
+from arguments import RunArguments, RunOptions
+from card import write_card
+from files import UserError, read_json, write_json
+from options import command, parse_options
+from postprocess import Candidates, best_texts, merge_windows, nbest_lists, write_answers
+from trainer import QuestionAnsweringTrainer
+from windows import Collator, Layout, TrainingWindows, build_features, make_layout
+
+logger = logging.get_logger("run_qa")
+
+SPLIT_OF = {"train": "train", "eval": "validation", "predict": "test"}
+WINDOW_OPTIONS = {"max_seq_length": 512, "max_question_length": 64, "doc_stride": None}
+METRIC = Path(__file__).parent / "metrics" / "drcd"
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> None:
+    options, arguments = parse_options((RunOptions, RunArguments), argv, __doc__)
+    output_dir = choose_output_dir(options, arguments)
+    dataset = load_splits(options, arguments)
+    trained = settle_run(options, arguments, dataset, output_dir)
+
+    set_seed(arguments.seed)
+    tokenizer, model = load_model(output_dir if trained else options.model_name_or_path, options.trust_remote_code)
+    layout = choose_layout(options, tokenizer, model)
+    features = {step: make_features(step, dataset, options, arguments, tokenizer, layout) for step in arguments.steps}
+    trainer = make_trainer(options, arguments, dataset, features, tokenizer, model, layout)
+
+    results = {}
+    if "train" in features and not trained:
+        results |= train(trainer, output_dir)
+    for step in ("eval", "predict"):
+        if step in arguments.steps:
+            results |= answer(trainer, step, dataset[SPLIT_OF[step]], features[step], output_dir)
+    if trainer.is_world_process_zero():
+        finish(options, arguments, results, dataset, output_dir, trainer)
+    trainer.end()
+
+
+def choose_output_dir(options: RunOptions, arguments: RunArguments) -> Path:
+    """`--output_dir`, else `outputs/` and the name of the config, else of the model."""
+    if options.model_name_or_path is None:
+        raise UserError("--model_name_or_path is missing: name a model folder or Hub id, e.g. bert-base-chinese")
+    named = Path(options.config).stem if options.config else Path(options.model_name_or_path).resolve().name
+    if arguments.output_dir is None:
+        arguments.output_dir = str(Path("outputs", named))
+    return Path(arguments.output_dir)
+
+
+def load_splits(options: RunOptions, arguments: RunArguments) -> DatasetDict:
+    """The splits of the steps asked for, or of all steps whose split exists; `arguments.steps` is set to them.
+
+    Raises UserError for a dataset that cannot be opened and for a split that is missing, empty, lacks a column, has no
+    labels where it needs them, or holds an id twice.
+    """
+    name = options.dataset_name
+    try:
+        found = load_dataset(name)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"--dataset_name {name}: cannot be opened as a dataset: {reason}. Make one with "
+            "`python prepare_drcd.py --data_dir FOLDER_OF_THE_COURSE_FILES` or `make data DATA_DIR=...`"
+        ) from None
+    missing = [step for step in arguments.steps if SPLIT_OF[step] not in found]
+    if missing:
+        raise UserError(
+            f"--do_{missing[0]} needs the split {SPLIT_OF[missing[0]]!r}; {name} has only {', '.join(found) or 'none'}"
+        )
+    arguments.steps = arguments.steps or [step for step, split in SPLIT_OF.items() if split in found]
+    if not arguments.steps:
+        raise UserError(f"{name} has none of the splits train, validation, test; it has {', '.join(found) or 'none'}")
+    limits = [options.max_train_samples, options.max_eval_samples, options.max_predict_samples]
+    splits = DatasetDict()
+    for (step, split), limit in zip(SPLIT_OF.items(), limits, strict=True):
+        # Training is scored on the validation split as it goes, also when no evaluation is asked for afterwards.
+        in_training = step == "eval" and "train" in arguments.steps and arguments.eval_strategy != "no"
+        if step in arguments.steps or (in_training and split in found):
+            splits[split] = check_split(found[split], split, f"{name}, split {split!r}", limit)
+    if "train" in arguments.steps and "validation" not in splits:
+        arguments.without_evaluation()
+    return splits
+
+
+def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dataset:
+    """The split with string ids, at most `limit` rows, and for training only the questions with an answer."""
+    lacking = {"id", "question", "context", *(["answers"] if split != "test" else [])} - set(rows.column_names)
+    if lacking:
+        raise UserError(f"{where}: lacks the column {sorted(lacking)[0]!r}; it has {', '.join(rows.column_names)}")
+    rows = rows.select(range(min(limit or len(rows), len(rows))))
+    if len(rows) == 0:
+        raise UserError(f"{where}: is empty")
+    if rows.features["id"].dtype != "string":
+        rows = rows.cast_column("id", type(rows.features["question"])("string"))
+    if len(set(rows["id"])) < len(rows):
+        raise UserError(f"{where}: the same id stands twice; predictions are kept by id, so ids must differ")
+    if split == "test":
+        return rows
+    labelled = [number for number, answers in enumerate(rows["answers"]) if answers["text"]]
+    if not labelled:
+        raise UserError(f"{where}: no question has an answer, there is nothing to learn or to score")
+    if split == "train" and len(labelled) < len(rows):
+        logger.warning(f"{where}: {len(rows) - len(labelled)} questions without an answer are left out of training")
+        rows = rows.select(labelled)
+    return rows
+
+
+def settle_run(options: RunOptions, arguments: RunArguments, dataset: DatasetDict, output_dir: Path) -> bool:
+    """Make the output folder this run's. Returns whether it already holds this run's trained model."""
+    if "train" not in arguments.steps:
+        stored = resume.stored_run(output_dir)
+        same_model = stored and stored["options"].get("model_name_or_path") == options.model_name_or_path
+        return bool(same_model and stored["finished"])
+    shaping = resume.shape(options, arguments, dataset["train"])
+    with arguments.main_process_first(local=False, desc="the output folder"):
+        resume.begin(output_dir, shaping, options.fresh_start and arguments.should_save)
+    finished = resume.stored_run(output_dir)["finished"]
+    if finished:
+        logger.warning(f"{output_dir} is trained already and is not trained again (--fresh_start would)")
+    return finished
+
+
+def load_model(name: str | Path, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model, in float32 whatever the checkpoint's precision, from a folder or the Hub.
+
+    Raises UserError if they cannot be had, or if the tokenizer is slow and so knows no character offsets.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=trust_remote_code)
+        model = AutoModelForQuestionAnswering.from_pretrained(
+            name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, HfHubHTTPError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}") from None
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"--model_name_or_path {name}: its tokenizer ({type(tokenizer).__name__}) is slow and does not say "
+            "which characters a token covers; choose a model with a fast tokenizer (a tokenizer.json)"
+        )
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(
+            f"--model_name_or_path {name}: there is no tokenizer in it (no tokenizer.json or vocab.txt); save the "
+            "tokenizer of the model it was trained from beside it"
+        )
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    return tokenizer, model
+
+
+def choose_layout(options: RunOptions, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Layout:
+    """Window lengths: what was asked for, else what the checkpoint was trained with, else the defaults.
+
+    They are noted in the model's config, so that a trained model answers with the windows it was trained on.
+    """
+    stored = getattr(model.config, "qa_windows", None) or {}
+    given = {name: getattr(options, name) for name in WINDOW_OPTIONS}
+    lengths = {name: stored.get(name, default) if given[name] is None else given[name]
+               for name, default in WINDOW_OPTIONS.items()}  # fmt: skip
+    if given["doc_stride"] is None and (given["max_seq_length"] or given["max_question_length"]):
+        lengths["doc_stride"] = None  # a stored stride belongs to the stored lengths
+    longest = max_positions(model)
+    if given["max_seq_length"] is None:
+        lengths["max_seq_length"] = min(lengths["max_seq_length"], longest)
+    elif given["max_seq_length"] > longest:
+        raise UserError(f"--max_seq_length is {given['max_seq_length']}, the model takes at most {longest} tokens")
+    layout = make_layout(tokenizer, **lengths)
+    model.config.qa_windows = lengths | {"doc_stride": layout.doc_stride}
+    return layout
+
+
+def max_positions(model: PreTrainedModel) -> int:
+    """The longest input of a model in tokens, as its position embeddings allow (2**20 where nothing limits it)."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if not positions or positions < 0:
+        return 2**20
+    # RoBERTa and its kin count positions from the padding id on: 514 embeddings serve 512 tokens.
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+    return positions if padding is None else positions - padding - 1
+
+
+def make_features(
+    step: str,
+    dataset: DatasetDict,
+    options: RunOptions,
+    arguments: RunArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+) -> Dataset | TrainingWindows:
+    """The windows of a step's split (`windows.build_features`), cached by `datasets`; longest first if not trained on."""
+    rows = dataset[SPLIT_OF[step]]
+    with arguments.main_process_first(desc=f"windows of {SPLIT_OF[step]}"):
+        features = rows.map(
+            build_features,
+            batched=True,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            num_proc=options.preprocessing_num_workers,
+            fn_kwargs={
+                "tokenizer": tokenizer,
+                "layout": layout,
+                "windows": options.train_windows if step == "train" else "stride",
+                "labels": step != "predict",
+            },
+            desc=f"windows of {SPLIT_OF[step]}",
+        )
+        if step != "train":
+            return features.sort("length", reverse=True)
+    return TrainingWindows(features, layout, arguments.seed, options.negative_window_ratio)
+
+
+def make_trainer(
+    options: RunOptions,
+    arguments: RunArguments,
+    dataset: DatasetDict,
+    features: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    layout: Layout,
+) -> QuestionAnsweringTrainer:
+    """The Trainer over the features, which scores the validation split by `exact_match` and `f1`."""
+    if "validation" in dataset and "eval" not in features:
+        features = features | {"eval": make_features("eval", dataset, options, arguments, tokenizer, layout)}
+    train_rows = features.get("train")
+    return QuestionAnsweringTrainer(
+        model=model,
+        args=arguments,
+        data_collator=Collator(tokenizer, 8 if arguments.fp16 or arguments.bf16 else 1),
+        train_dataset=train_rows,
+        eval_dataset=features.get("eval"),
+        processing_class=tokenizer,
+        compute_metrics=functools.partial(score, dataset["validation"], options.n_best_size)
+        if "validation" in dataset
+        else None,
+        n_best_size=options.n_best_size,
+        max_answer_length=options.max_answer_length,
+        span_choice=options.span_choice,
+        questions_a_row=len(dataset["train"]) / len(train_rows) if train_rows is not None else 1.0,
+    )
+
+
+def train(trainer: QuestionAnsweringTrainer, output_dir: Path) -> dict[str, float]:
+    """Train from the start or from the last complete checkpoint, and save the model that the run ends with."""
+    checkpoint = resume.last_complete_checkpoint(output_dir, trainer.args.world_size)
+    if checkpoint is not None:
+        logger.warning(f"resuming from {checkpoint}")
+    metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        resume.finish(output_dir)
+    return metrics
+
+
+def answer(
+    trainer: QuestionAnsweringTrainer, step: str, examples: Dataset, features: Dataset, output_dir: Path
+) -> dict[str, float]:
+    """Find the answers of a split, write their files, and return the metrics (`eval_...` or `test_...`)."""
+    prefix = "eval" if step == "eval" else "test"
+    trainer.compute_metrics = None
+    output = trainer.predict(features, metric_key_prefix=prefix)
+    candidates = merge(examples, trainer.n_best_size, output.predictions)
+    metrics = dict(output.metrics)
+    if "answers" in examples.column_names and any(answers["text"] for answers in examples["answers"]):
+        scores = score_texts(examples, best_texts(candidates, examples["context"][:]))
+        metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
+    metrics[f"{prefix}_samples"] = len(examples)
+    trainer.log(dict(metrics))
+    if trainer.is_world_process_zero():
+        nbest = list(nbest_lists(candidates, examples["context"][:]))
+        write_answers(output_dir, prefix, examples["id"][:], nbest)
+    return metrics
+
+
+def merge(examples: Dataset, n_best_size: int, predictions: tuple[Any, Any, Any]) -> Candidates:
+    """The candidates of every question of a split, from the Trainer's predictions over its windows."""
+    example, scores, spans = predictions
+    return merge_windows(example, scores, spans, len(examples), n_best_size)
+
+
+def score(examples: Dataset, n_best_size: int, prediction: EvalPrediction) -> dict[str, float]:
+    """`exact_match` and `f1` of the best answers in a Trainer's predictions; on every process, as all need the best."""
+    candidates = merge(examples, n_best_size, prediction.predictions)
+    return score_texts(examples, best_texts(candidates, examples["context"][:]))
+
+
+def score_texts(examples: Dataset, texts: Sequence[str]) -> dict[str, float]:
+    """`exact_match` and `f1` (metrics/drcd) of answer texts, over the questions that have reference answers."""
+    pairs = [(text, answers["text"]) for text, answers in zip(texts, examples["answers"], strict=True)]
+    labelled = [(text, answers) for text, answers in pairs if answers]
+    metric = evaluate.load(str(METRIC), keep_in_memory=True)
+    return metric.compute(predictions=[text for text, _ in labelled], references=[answers for _, answers in labelled])
+
+
+def finish(
+    options: RunOptions,
+    arguments: RunArguments,
+    results: dict[str, float],
+    dataset: DatasetDict,
+    output_dir: Path,
+    trainer: QuestionAnsweringTrainer,
+) -> None:
+    """Write `all_results.json` and the model card, and print what was written where, and the scores."""
+    path = output_dir / "all_results.json"
+    known = read_json(path) if path.exists() else {}
+    results = known | results
+    write_json(path, results)
+    if "train" in arguments.steps:
+        write_card(output_dir, options, arguments, results)
+    print_summary(output_dir, arguments.steps, results, dataset)
+
+
+def print_summary(output_dir: Path, steps: Sequence[str], results: dict[str, float], dataset: DatasetDict) -> None:
+    """The closing lines of a run: five questions with answers, the scores, and the files."""
+    print()
+    if "eval" in steps:
+        examples, predictions = dataset["validation"], read_json(output_dir / "eval_predictions.json")
+        for row in examples.select(range(min(5, len(examples)))):
+            gold = " / ".join(dict.fromkeys(row["answers"]["text"]))
+            print(f"{row['question']}\n    answer: {predictions[row['id']]}    gold: {gold}")
+        print(f"\nvalidation: exact match {results['eval_exact_match']:.5f}, F1 {results['eval_f1']:.5f}")
+    if "test_exact_match" in results and "predict" in steps:
+        print(f"test: exact match {results['test_exact_match']:.5f}, F1 {results['test_f1']:.5f}")
+    print(f"everything is in {output_dir}:")
+    told = {
+        "model.safetensors": "the trained model, with its tokenizer and card",
+        "all_results.json": "all figures of the run",
+        "eval_predictions.json": "answers of the validation split (eval_nbest_predictions.json: the n best)",
+        "test_predictions.json": "answers of the test split (test_nbest_predictions.json: the n best)",
+        "submission.csv": "the submission",
+    }
+    for name, what in told.items():
+        if (output_dir / name).exists():
+            print(f"    {name:<24}{what}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Windows → Trainer → spans: the built-in Trainer, with the span search in its prediction step."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import SaveStrategy
+
+from postprocess import best_spans, independent_spans
+from windows import TrainingWindows
+
+_FOR_SEARCH = ("example", "char_starts", "char_ends")  # columns of a batch that the model does not take
+SPAN_CHOICES = {"joint": best_spans, "independent": independent_spans}
+
+
+class EpochSampler(Sampler[int]):
+    """Numbers `epoch * len(data) + row` of all rows in an order that depends on seed and epoch alone.
+
+    With `mega_batch`, rows of like length come together: batches of that many rows are sorted by length.
+    """
+
+    def __init__(self, data: TrainingWindows, seed: int, shuffle: bool, mega_batch: int | None):
+        self.data, self.seed, self.shuffle, self.mega_batch = data, seed, shuffle, mega_batch
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.mega_batch:
+            order = get_length_grouped_indices(self.data.lengths.tolist(), self.mega_batch, generator=generator)
+        elif self.shuffle:
+            order = torch.randperm(len(self), generator=generator).tolist()
+        else:
+            order = range(len(self))
+        return iter([self.epoch * len(self) + row for row in order])
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler which epoch begins. Resumed in mid-epoch, `state.epoch` is what the checkpoint says."""
+
+    def __init__(self, sampler: EpochSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.epoch = int(state.epoch or 0)
+
+
+class _SaveBetween(TrainerCallback):
+    """Saves also where `save_strategy` asks for it when the Trainer itself saves at each evaluation."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.save_between == SaveStrategy.STEPS and state.global_step % args.save_between_steps == 0:
+            control.should_save = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if args.save_between == SaveStrategy.EPOCH:
+            control.should_save = True
+
+
+class QuestionAnsweringTrainer(Trainer):
+    """A Trainer over feature rows (`windows.py`) whose predictions are span candidates instead of logits.
+
+    `predict(...).predictions` is a tuple of arrays over windows: `example` [windows], `scores` [windows, n_best_size]
+    and `spans` [windows, n_best_size, 2] as `postprocess.merge_windows` takes them. They leave the device batch by
+    batch; logits never do. Every row says which question it belongs to, so no order of the windows is relied upon.
+
+    `questions_a_row` is the number of training questions over that of training rows, to log questions/s.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        n_best_size: int,
+        max_answer_length: int,
+        span_choice: str = "joint",
+        questions_a_row: float = 1.0,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.search = SPAN_CHOICES[span_choice]
+        self.n_best_size = n_best_size
+        self.max_answer_length = max_answer_length
+        self.questions_a_row = questions_a_row
+        self._counts = torch.zeros(2, dtype=torch.long, device=self.args.device)  # rows with both ends right, rows
+        self._counted_since = time.perf_counter()
+        self.add_callback(_SaveBetween)
+
+    def _get_train_sampler(self, train_dataset: TrainingWindows | None = None) -> EpochSampler:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        strategy = self.args.train_sampling_strategy
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        mega_batch = batch if strategy == "group_by_length" else None
+        sampler = EpochSampler(data, seed, shuffle=strategy != "sequential", mega_batch=mega_batch)
+        self.pop_callback(_Epochs)
+        self.add_callback(_Epochs(sampler))
+        return sampler
+
+    def _get_eval_sampler(self, eval_dataset: torch.utils.data.Dataset) -> Sampler | None:
+        # The rows are sorted by length already; `train_sampling_strategy` must not reach them.
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {name: value for name, value in inputs.items() if name not in _FOR_SEARCH}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            right = (outputs.start_logits.argmax(dim=1) == inputs["start_positions"]) & (
+                outputs.end_logits.argmax(dim=1) == inputs["end_positions"]
+            )
+            self._counts += torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        example, char_starts, char_ends = (inputs[name] for name in _FOR_SEARCH)
+        labels = [inputs[name] for name in self.label_names if name in inputs]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if labels:
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                loss = loss.detach().mean()
+            else:
+                model_inputs = {name: value for name, value in inputs.items() if name not in _FOR_SEARCH}
+                loss, outputs = None, model(**model_inputs)
+        if prediction_loss_only:
+            return loss, None, None
+        scores, spans = self.search(
+            outputs.start_logits, outputs.end_logits, char_starts, char_ends, self.n_best_size, self.max_answer_length
+        )
+        return loss, (example, scores, spans), tuple(labels) or None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # a training log: every process is here
+            right, rows = self.accelerator.reduce(self._counts).tolist()
+            now = time.perf_counter()
+            if rows:
+                logs["train_exact_match"] = right / rows
+                logs["questions_per_second"] = rows * self.questions_a_row / (now - self._counted_since)
+            self._counts.zero_()
+            self._counted_since = now
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        started = time.perf_counter()
+        metrics = super().evaluate(*args, **kwargs)
+        self._counted_since += time.perf_counter() - started  # evaluation is not training time
+        return metrics
+
+    def train(self, *args: Any, **kwargs: Any):
+        self._counted_since = time.perf_counter()
+        return super().train(*args, **kwargs)

@@ -1,0 +1,369 @@
+"""Dataset → windows: model inputs of question and paragraph tokens, with labels and character offsets.
+
+A paragraph longer than its room in the model input is cut into windows of at most `room` tokens that start
+`doc_stride` tokens apart. Each distinct paragraph is tokenized once, alone, so the distance does not depend on the
+question. A question and a window are then joined with the model's own special tokens, by array operations, never token
+by token.
+
+Row of a feature dataset (token lists of one length, positions counted from the first token of the row):
+
+- `input_ids`, and `token_type_ids` where the model has them
+- `char_starts`, `char_ends`: characters of the paragraph that a token covers, end exclusive; 0, 0 where an answer can
+  neither start nor end: special tokens, question, tokens that cover no character
+- `example`: row of the question in its split
+- `start_positions`, `end_positions`: first and last token of the answer (end inclusive); `[CLS]` where the window does
+  not hold the whole answer
+- `context_start`: position of the first paragraph token
+- `length`: tokens of the row as the model will see it
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from files import UserError
+
+NO_LABEL = 2**20  # beyond every sequence: the models' loss clamps it to its ignored index
+
+_SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model joins the two, `before question between paragraph after`, and the room for each in tokens.
+
+    `before`, `between` and `after` are ids of special tokens; `type_ids` are the token types of the five parts.
+    """
+
+    before: tuple[int, ...]
+    between: tuple[int, ...]
+    after: tuple[int, ...]
+    type_ids: tuple[int, int, int, int, int]
+    uses_type_ids: bool
+    cls_position: int
+    room: int
+    max_question_length: int
+    doc_stride: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token sequences one behind the other: sequence i is `[bounds[i], bounds[i + 1])` of the flat arrays.
+
+    `char_starts`, `char_ends` are characters of text `text[i]` (end exclusive), equal where a token covers none.
+    """
+
+    ids: np.ndarray
+    char_starts: np.ndarray
+    char_ends: np.ndarray
+    bounds: np.ndarray
+    text: np.ndarray
+
+
+def make_layout(
+    tokenizer: PreTrainedTokenizerBase, max_seq_length: int, max_question_length: int, doc_stride: int | None
+) -> Layout:
+    """The layout of `tokenizer`'s model input with the paragraph's room fixed at `max_seq_length - max_question_length`
+    minus the special tokens.
+
+    `doc_stride` is the distance in tokens between the starts of two windows; None is two thirds of the room, so that
+    every place lies in the inner part of some window. Raises UserError for lengths that do not fit each other.
+    """
+    probe = tokenizer("1", "1", return_token_type_ids=True)
+    sequence = np.array([-1 if part is None else part for part in probe.sequence_ids(0)])
+    question, context = np.flatnonzero(sequence == 0), np.flatnonzero(sequence == 1)
+    ids, types = probe["input_ids"], probe["token_type_ids"]
+    before, between, after = ids[: question[0]], ids[question[-1] + 1 : context[0]], ids[context[-1] + 1 :]
+    specials = len(before) + len(between) + len(after)
+    if max_question_length < 1:
+        raise UserError(f"--max_question_length is {max_question_length}, must be at least 1")
+    room = max_seq_length - max_question_length - specials
+    if room < 1:
+        raise UserError(
+            f"--max_question_length {max_question_length} leaves no room for the paragraph: --max_seq_length is "
+            f"{max_seq_length}, of which {specials} are special tokens; lower the one or raise the other"
+        )
+    if doc_stride is None:
+        doc_stride = room - room // 3
+    if not 1 <= doc_stride <= room:
+        raise UserError(
+            f"--doc_stride is {doc_stride}, must lie between 1 and {room}, the tokens of a window's paragraph part "
+            f"(--max_seq_length {max_seq_length} - --max_question_length {max_question_length} - {specials} special "
+            "tokens); it is the distance between the starts of two windows, not their overlap"
+        )
+    return Layout(
+        before=tuple(before),
+        between=tuple(between),
+        after=tuple(after),
+        type_ids=(types[0], types[question[0]], types[question[-1] + 1], types[context[0]], types[-1]),
+        uses_type_ids="token_type_ids" in tokenizer.model_input_names,
+        cls_position=before.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in before else 0,
+        room=room,
+        max_question_length=max_question_length,
+        doc_stride=doc_stride,
+    )
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], room: int | None = None, doc_stride: int | None = None
+) -> Tokens:
+    """The tokens of `texts` without special tokens.
+
+    With `room`, a longer text is cut into windows of at most `room` tokens whose starts lie `doc_stride` apart, the
+    last one ending with the text; with `doc_stride` None only its first window is kept. A text without tokens is one
+    empty window. White space at the edges of a token does not count as covered (SentencePiece puts it there).
+    """
+    windows = room is not None and doc_stride is not None
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        truncation=room is not None,
+        max_length=room,
+        stride=room - doc_stride if windows else 0,  # the tokenizers' `stride` is the overlap
+        return_overflowing_tokens=windows,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    text = np.array(encoded["overflow_to_sample_mapping"] if windows else range(len(texts)), dtype=np.int64)
+    bounds = _bounds([len(ids) for ids in encoded["input_ids"]])
+    ids = np.fromiter((i for ids in encoded["input_ids"] for i in ids), dtype=np.int32, count=bounds[-1])
+    offsets = np.array([pair for pairs in encoded["offset_mapping"] for pair in pairs], dtype=np.int32).reshape(-1, 2)
+    char_starts, char_ends = _without_edge_spaces(offsets, np.repeat(text, np.diff(bounds)), texts)
+    return Tokens(ids, char_starts, char_ends, bounds, text)
+
+
+def build_features(
+    batch: dict[str, list],
+    indices: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    windows: str,
+    labels: bool,
+) -> pa.Table:
+    """The feature rows of a batch of SQuAD-style examples (module docstring), for `Dataset.map(batched=True)`.
+
+    `windows`: "stride" gives a row for every window of the paragraph; "centered" one row, the answer in the middle of
+    its window as far as the paragraph's ends allow; "random" one row with the whole paragraph, of which
+    `TrainingWindows` draws a window an epoch. The last two need `labels`. `labels` takes the first reference answer of
+    every example; an example without one gets `NO_LABEL`.
+    """
+    contexts, context_of = _distinct(batch["context"])
+    questions = tokenize(tokenizer, batch["question"], room=layout.max_question_length)
+    if windows == "stride":
+        paragraphs = tokenize(tokenizer, contexts, room=layout.room, doc_stride=layout.doc_stride)
+    else:
+        paragraphs = tokenize(tokenizer, contexts)
+    # A question's rows are the windows of its paragraph, which lie one behind the other.
+    windows_of = _bounds(np.bincount(paragraphs.text, minlength=len(contexts)))
+    count = np.diff(windows_of)[context_of]
+    question = np.repeat(np.arange(len(context_of)), count)
+    window = _ranges(windows_of[context_of], count)
+    begin, end = paragraphs.bounds[window], paragraphs.bounds[window + 1]
+    if labels:
+        first, last, labelled = _answer_tokens(batch["answers"], question, paragraphs, window)
+        held = first >= 0
+    if windows == "centered":
+        middle = np.where(held, (first + last + 1) // 2, begin)
+        begin = np.clip(middle - layout.room // 2, begin, np.maximum(begin, end - layout.room))
+        end = np.minimum(begin + layout.room, end)
+        held &= (begin <= first) & (last < end)
+    columns = _join(layout, questions, question, paragraphs, begin, end)
+    context_start = np.diff(questions.bounds)[question] + len(layout.before) + len(layout.between)
+    columns["example"] = np.asarray(indices)[question].astype(np.int32)
+    columns["context_start"] = context_start.astype(np.int32)
+    around = context_start + len(layout.after)
+    columns["length"] = (around + np.minimum(end - begin, layout.room)).astype(np.int32)
+    if labels:
+        for name, position in (("start_positions", first), ("end_positions", last)):
+            inside = np.where(held, position - begin + context_start, layout.cls_position)
+            columns[name] = np.where(labelled, inside, NO_LABEL).astype(np.int32)
+    return pa.table(columns)
+
+
+class TrainingWindows(torch.utils.data.Dataset):
+    """Training rows, each cut to one window of its paragraph where the paragraph is longer than its room.
+
+    Item `epoch * len(self) + row` is a row as an epoch sees it: the number carries the epoch, so that workers and
+    processes need not be told, and the window depends on seed, epoch and row alone. A window's start is uniform over
+    all starts whose window holds the whole answer; with probability `negative_window_ratio` over all others, if there
+    are any, labelled `[CLS]`.
+    """
+
+    def __init__(self, rows: Dataset, layout: Layout, seed: int, negative_window_ratio: float):
+        self.rows = rows.with_format("numpy")
+        self.layout = layout
+        self.seed = seed
+        self.negative_window_ratio = negative_window_ratio
+        self.lengths = rows.with_format("numpy")["length"][:]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        epochs, rows = np.divmod(np.asarray(numbers), len(self))
+        columns = self.rows[rows]
+        examples = [{name: columns[name][i] for name in columns} for i in range(len(rows))]
+        return [
+            self._cut(example, epoch, row) if len(example["input_ids"]) > example["length"] else example
+            for example, epoch, row in zip(examples, epochs.tolist(), rows.tolist(), strict=True)
+        ]
+
+    def _cut(self, example: dict[str, np.ndarray], epoch: int, row: int) -> dict[str, np.ndarray]:
+        layout, context_start = self.layout, int(example["context_start"])
+        tokens = len(example["input_ids"]) - context_start - len(layout.after)
+        first, last = int(example["start_positions"]) - context_start, int(example["end_positions"]) - context_start
+        generator = np.random.default_rng((self.seed, epoch, row))
+        start = draw_start(generator, tokens, layout.room, first, last, self.negative_window_ratio)
+        keep = np.r_[
+            :context_start,
+            context_start + start : context_start + start + layout.room,
+            context_start + tokens : len(example["input_ids"]),
+        ]
+        cut = {name: value[keep] if np.ndim(value) else value for name, value in example.items()}
+        holds = start <= first and last < start + layout.room
+        for name, position in (("start_positions", first), ("end_positions", last)):
+            cut[name] = np.int32(context_start + position - start if holds else layout.cls_position)
+        return cut
+
+
+def draw_start(
+    generator: np.random.Generator, tokens: int, room: int, first: int, last: int, negative_window_ratio: float
+) -> int:
+    """The first token of a window of `room` of a paragraph's `tokens` (> `room`), uniform over the starts that hold
+    the tokens `first` to `last` (inclusive), or with probability `negative_window_ratio` over those that do not.
+
+    A paragraph whose answer fits no window (`first` < 0 or longer than `room`) gets a start uniform over all.
+    """
+    starts = tokens - room + 1
+    low, high = max(0, last - room + 1), min(first, starts - 1) + 1
+    holding = max(0, high - low) if first >= 0 else 0
+    negative = generator.random() < negative_window_ratio
+    if holding and not (negative and holding < starts):
+        return low + int(generator.integers(holding))
+    if not holding:
+        return int(generator.integers(starts))
+    draw = int(generator.integers(starts - holding))
+    return draw if draw < low else draw + holding
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads rows to the longest of the batch, or to the next multiple of `pad_to_multiple_of` tokens; [rows, tokens]."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pad_to_multiple_of: int = 1
+
+    def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
+        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        width = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        mask = np.arange(width) < lengths[:, None]
+        batch = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
+        for name in rows[0]:
+            if name in ("context_start", "length"):
+                continue
+            values = [row[name] for row in rows]
+            if np.ndim(values[0]):
+                padded = np.full(mask.shape, padding.get(name, 0), dtype=np.int64)
+                padded[mask] = np.concatenate(values)
+                batch[name] = torch.from_numpy(padded)
+            else:
+                batch[name] = torch.from_numpy(np.array(values, dtype=np.int64))
+        return batch
+
+
+def _join(
+    layout: Layout,
+    questions: Tokens,
+    question: np.ndarray,
+    paragraphs: Tokens,
+    begin: np.ndarray,
+    end: np.ndarray,
+) -> dict[str, pa.Array]:
+    """The token columns of rows that join `question[i]` with the paragraph tokens `[begin[i], end[i])`."""
+    parts = [layout.before, layout.between, layout.after]
+    pool = np.concatenate([*(np.array(part, dtype=np.int32) for part in parts), questions.ids, paragraphs.ids])
+    at = _bounds([*map(len, parts), len(questions.ids), len(paragraphs.ids)])  # where each begins in the pool
+    rows = len(question)
+    starts, lengths = np.empty((rows, 5), dtype=np.int64), np.empty((rows, 5), dtype=np.int64)
+    starts[:] = np.array([at[0], 0, at[1], 0, at[2]])
+    lengths[:] = np.array([len(layout.before), 0, len(layout.between), 0, len(layout.after)])
+    starts[:, 1], lengths[:, 1] = at[3] + questions.bounds[question], np.diff(questions.bounds)[question]
+    starts[:, 3], lengths[:, 3] = at[4] + begin, end - begin
+    taken = _ranges(starts.ravel(), lengths.ravel())
+    row_bounds = pa.array(_bounds(lengths.sum(axis=1)).astype(np.int32))
+    uncovered = np.zeros(at[4], dtype=np.int32)
+    columns = {"input_ids": pool[taken]}
+    if layout.uses_type_ids:
+        columns["token_type_ids"] = np.repeat(np.tile(np.array(layout.type_ids, np.int8), rows), lengths.ravel())
+    # A token that covers nothing must not be a candidate's end: 0, 0 says so for every kind of it.
+    covers = paragraphs.char_starts < paragraphs.char_ends
+    columns["char_starts"] = np.concatenate([uncovered, paragraphs.char_starts * covers])[taken]
+    columns["char_ends"] = np.concatenate([uncovered, paragraphs.char_ends * covers])[taken]
+    return {name: pa.ListArray.from_arrays(row_bounds, pa.array(values)) for name, values in columns.items()}
+
+
+def _answer_tokens(
+    answers: list[dict[str, list]], question: np.ndarray, paragraphs: Tokens, window: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First and last token (inclusive, in the flat arrays) of each row's answer, -1 where the row's window does not
+    hold all of it, and whether the question has an answer at all."""
+    has_answer = np.array([bool(answer["text"]) for answer in answers])
+    char_start = np.array([answer["answer_start"][0] if answer["text"] else -1 for answer in answers])
+    char_end = char_start + np.array([len(answer["text"][0]) if answer["text"] else 0 for answer in answers])
+    start, end, labelled = char_start[question], char_end[question], has_answer[question]
+    begin, stop = paragraphs.bounds[window], paragraphs.bounds[window + 1]
+    # Offsets grow within a sequence; a step between sequences makes the flat arrays grow as a whole, so that one binary
+    # search serves all rows.
+    sequence = np.repeat(np.arange(len(paragraphs.text)), np.diff(paragraphs.bounds))
+    step = int(paragraphs.char_ends.max(initial=0)) + 2
+    bounded_start, bounded_end = np.clip(start, 0, step - 1), np.clip(end, 0, step - 1)
+    first = np.searchsorted(paragraphs.char_ends + sequence * step, bounded_start + window * step, side="right")
+    last = np.searchsorted(paragraphs.char_starts + sequence * step, bounded_end + window * step, side="left") - 1
+    inside = labelled & (begin <= first) & (first <= last) & (last < stop)
+    if len(paragraphs.ids):
+        whole_start = (first > begin) | (paragraphs.char_starts[np.where(inside, first, 0)] <= start)
+        whole_end = (last < stop - 1) | (paragraphs.char_ends[np.where(inside, last, 0)] >= end)
+        inside &= whole_start & whole_end
+    return np.where(inside, first, -1), np.where(inside, last, -1), labelled
+
+
+def _without_edge_spaces(offsets: np.ndarray, text: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets [tokens, 2] of tokens of `texts[text]` with white space cut off both ends of what they cover."""
+    starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
+    codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
+    space = np.append(np.isin(codes, _SPACES), False)
+    base = _bounds([len(t) for t in texts])[text]
+    while (move := (starts < ends) & space[base + starts]).any():
+        starts += move
+    while (move := (starts < ends) & space[base + ends - 1]).any():
+        ends -= move
+    return starts, ends
+
+
+def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
+    """The distinct texts in order of appearance, and for every text its place among them."""
+    place: dict[str, int] = {}
+    index = np.array([place.setdefault(text, len(place)) for text in texts], dtype=np.int64)
+    return list(place), index
+
+
+def _bounds(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
+    """0 and the running sums of `lengths`."""
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """`range(start, start + length)` of every pair, one behind the other."""
+    bounds = _bounds(lengths)
+    return np.arange(bounds[-1]) + np.repeat(starts - bounds[:-1], lengths)
