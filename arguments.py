@@ -89,9 +89,12 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         self.steps = [step for step in ("train", "eval", "predict") if getattr(self, f"do_{step}")]
         self.remove_unused_columns = False
-        if (self.fp16 or self.fp16_full_eval) and (self.use_cpu or not torch.accelerator.is_available()):
-            logger.warning("fp16 needs a GPU and there is none: running in float32")
-            self.fp16 = self.fp16_full_eval = False
+        self.output_dir = self.output_dir or ""  # None would become the Trainer's own "trainer_output"
+        if self.use_cpu or not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, the processes of a `torchrun` on CPUs do not know of each other
+            if self.fp16 or self.fp16_full_eval:
+                logger.warning("fp16 needs a GPU and there is none: running in float32")
+                self.fp16 = self.fp16_full_eval = False
         self.save_between = SaveStrategy(self.save_strategy)
         self.save_between_steps = int(self.save_steps)
         if self.eval_strategy == "no":

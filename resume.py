@@ -52,16 +52,11 @@ def shape(options: RunOptions, arguments: RunArguments, train: Dataset) -> dict[
     return json.loads(json.dumps(shaping, default=str))
 
 
-def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool) -> None:
-    """Make `output_dir` this run's, or find that it is already.
+def is_finished(output_dir: Path, shaping: dict[str, Any]) -> bool:
+    """Whether `output_dir` holds this run's trained model.
 
-    Raises UserError if it holds another run, naming the options that differ. With `fresh_start` what an earlier run
-    left to go on from is deleted.
+    Raises UserError if it holds another run, naming the options that differ.
     """
-    if fresh_start:
-        for checkpoint in checkpoints(output_dir):
-            shutil.rmtree(checkpoint)
-        (output_dir / _RUN_FILE).unlink(missing_ok=True)
     stored = stored_run(output_dir)
     if stored is None:
         if checkpoints(output_dir):
@@ -69,10 +64,9 @@ def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool) -> None:
                 f"{output_dir} holds checkpoints of a run that is not known ({_RUN_FILE} is missing); choose another "
                 "--output_dir, or delete them with --fresh_start"
             )
-        write_json(output_dir / _RUN_FILE, {"finished": False, "options": shaping})
-        return
-    options = stored["options"]
+        return False
     # Options that only one of two library versions knows are left out.
+    options = stored["options"]
     differing = sorted(name for name in options.keys() & shaping.keys() if options[name] != shaping[name])
     if differing:
         told = "; ".join(f"{name}: {options[name]!r} there, {shaping[name]!r} now" for name in differing)
@@ -80,6 +74,16 @@ def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool) -> None:
             f"{output_dir} was begun with other options ({told}); use those, choose another --output_dir, or start "
             "anew with --fresh_start"
         )
+    return stored["finished"]
+
+
+def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool) -> None:
+    """Make `output_dir` this run's. With `fresh_start` what an earlier run left to go on from is deleted."""
+    if fresh_start:
+        for checkpoint in checkpoints(output_dir):
+            shutil.rmtree(checkpoint)
+    if fresh_start or stored_run(output_dir) is None:
+        write_json(output_dir / _RUN_FILE, {"finished": False, "options": shaping})
 
 
 def finish(output_dir: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import evaluate
+import pyarrow.parquet as parquet
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from datasets.exceptions import DatasetsError
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, arguments = parse_options((RunOptions, RunArguments), argv, __doc__)
     output_dir = choose_output_dir(options, arguments)
     dataset = load_splits(options, arguments)
-    trained = settle_run(options, arguments, dataset, output_dir)
+    trained = is_trained(options, arguments, dataset, output_dir)
 
     set_seed(arguments.seed)
     tokenizer, model = load_model(output_dir if trained else options.model_name_or_path, options.trust_remote_code)
@@ -58,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     results = {}
     if "train" in features and not trained:
-        results |= train(trainer, output_dir)
+        shaping = resume.shape(options, arguments, dataset["train"])
+        results |= train(trainer, output_dir, shaping, options.fresh_start)
     for step in ("eval", "predict"):
         if step in arguments.steps:
             results |= answer(trainer, step, dataset[SPLIT_OF[step]], features[step], output_dir)
@@ -72,7 +74,7 @@ def choose_output_dir(options: RunOptions, arguments: RunArguments) -> Path:
     if options.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: name a model folder or Hub id, e.g. bert-base-chinese")
     named = Path(options.config).stem if options.config else Path(options.model_name_or_path).resolve().name
-    if arguments.output_dir is None:
+    if not arguments.output_dir:
         arguments.output_dir = str(Path("outputs", named))
     return Path(arguments.output_dir)
 
@@ -84,14 +86,7 @@ def load_splits(options: RunOptions, arguments: RunArguments) -> DatasetDict:
     labels where it needs them, or holds an id twice.
     """
     name = options.dataset_name
-    try:
-        found = load_dataset(name)
-    except (OSError, ValueError, DatasetsError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(
-            f"--dataset_name {name}: cannot be opened as a dataset: {reason}. Make one with "
-            "`python prepare_drcd.py --data_dir FOLDER_OF_THE_COURSE_FILES` or `make data DATA_DIR=...`"
-        ) from None
+    found = open_dataset(name)
     missing = [step for step in arguments.steps if SPLIT_OF[step] not in found]
     if missing:
         raise UserError(
@@ -107,16 +102,33 @@ def load_splits(options: RunOptions, arguments: RunArguments) -> DatasetDict:
         in_training = step == "eval" and "train" in arguments.steps and arguments.eval_strategy != "no"
         if step in arguments.steps or (in_training and split in found):
             splits[split] = check_split(found[split], split, f"{name}, split {split!r}", limit)
-    if "train" in arguments.steps and "validation" not in splits:
+    if "train" not in arguments.steps or "validation" not in splits:
         arguments.without_evaluation()
     return splits
 
 
+def open_dataset(name: str) -> DatasetDict:
+    """The dataset in a folder or on the Hub. Raises UserError if there is none."""
+    try:
+        return load_dataset(name)
+    except (OSError, ValueError, DatasetsError) as error:
+        empty = [path for path in Path(name).glob("**/*.parquet") if parquet.read_metadata(path).num_rows == 0]
+        if empty:
+            raise UserError(f"--dataset_name {name}: {empty[0].relative_to(name)} is empty; prepare it anew") from None
+        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+        raise UserError(
+            f"--dataset_name {name}: cannot be opened as a dataset: {reason}. Make one with "
+            "`python prepare_drcd.py --data_dir FOLDER_OF_THE_COURSE_FILES` or `make data DATA_DIR=...`"
+        ) from None
+
+
 def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dataset:
     """The split with string ids, at most `limit` rows, and for training only the questions with an answer."""
-    lacking = {"id", "question", "context", *(["answers"] if split != "test" else [])} - set(rows.column_names)
+    needed = ["id", "question", "context", *(["answers"] if split != "test" else [])]
+    # A column that one of several splits lacks is opened as one of nothing but None.
+    lacking = [name for name in needed if name not in rows.column_names or (len(rows) and None in rows[name][:])]
     if lacking:
-        raise UserError(f"{where}: lacks the column {sorted(lacking)[0]!r}; it has {', '.join(rows.column_names)}")
+        raise UserError(f"{where}: lacks the column {lacking[0]!r}, or a value in it; needed are {', '.join(needed)}")
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     if len(rows) == 0:
         raise UserError(f"{where}: is empty")
@@ -135,16 +147,15 @@ def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dat
     return rows
 
 
-def settle_run(options: RunOptions, arguments: RunArguments, dataset: DatasetDict, output_dir: Path) -> bool:
-    """Make the output folder this run's. Returns whether it already holds this run's trained model."""
+def is_trained(options: RunOptions, arguments: RunArguments, dataset: DatasetDict, output_dir: Path) -> bool:
+    """Whether the model to answer with lies in the output folder: this run's, trained to its end."""
     if "train" not in arguments.steps:
         stored = resume.stored_run(output_dir)
         same_model = stored and stored["options"].get("model_name_or_path") == options.model_name_or_path
         return bool(same_model and stored["finished"])
-    shaping = resume.shape(options, arguments, dataset["train"])
-    with arguments.main_process_first(local=False, desc="the output folder"):
-        resume.begin(output_dir, shaping, options.fresh_start and arguments.should_save)
-    finished = resume.stored_run(output_dir)["finished"]
+    if options.fresh_start:
+        return False
+    finished = resume.is_finished(output_dir, resume.shape(options, arguments, dataset["train"]))
     if finished:
         logger.warning(f"{output_dir} is trained already and is not trained again (--fresh_start would)")
     return finished
@@ -218,7 +229,7 @@ def make_features(
     tokenizer: PreTrainedTokenizerBase,
     layout: Layout,
 ) -> Dataset | TrainingWindows:
-    """The windows of a step's split (`windows.build_features`), cached by `datasets`; longest first if not trained on."""
+    """The windows of a step's split (`windows.build_features`), cached by `datasets`; longest first but in training."""
     rows = dataset[SPLIT_OF[step]]
     with arguments.main_process_first(desc=f"windows of {SPLIT_OF[step]}"):
         features = rows.map(
@@ -270,8 +281,13 @@ def make_trainer(
     )
 
 
-def train(trainer: QuestionAnsweringTrainer, output_dir: Path) -> dict[str, float]:
+def train(
+    trainer: QuestionAnsweringTrainer, output_dir: Path, shaping: dict[str, Any], fresh_start: bool
+) -> dict[str, float]:
     """Train from the start or from the last complete checkpoint, and save the model that the run ends with."""
+    if trainer.is_world_process_zero():
+        resume.begin(output_dir, shaping, fresh_start)
+    trainer.accelerator.wait_for_everyone()
     checkpoint = resume.last_complete_checkpoint(output_dir, trainer.args.world_size)
     if checkpoint is not None:
         logger.warning(f"resuming from {checkpoint}")

@@ -51,7 +51,7 @@ def test_windows_start_doc_stride_apart_and_cover_the_paragraph(tokenizer):
 
 def test_questions_are_cut_and_paragraphs_without_tokens_get_one_window(bert):
     examples = {"id": ["0", "1"], "question": ["誰" * 50, ""], "context": ["", " \u3000\n"], "answers": [None, None]}
-    rows, layout = features(examples, bert, labels=False)
+    rows, _ = features(examples, bert, labels=False)
     assert [len(row["input_ids"]) for row in rows] == [12 + 3, 3]
     assert not any(end for row in rows for end in row["char_ends"])
 
@@ -109,7 +109,7 @@ def test_answer_text_by_offsets_is_the_paragraphs_own(tokenizer):
 def test_a_question_without_an_answer_is_not_labelled(bert):
     examples = random_examples(3, seed=4)
     examples["answers"][1] = {"text": [], "answer_start": []}
-    rows, layout = features(examples, bert)
+    rows, _ = features(examples, bert)
     for row in rows:
         assert (row["start_positions"] == NO_LABEL) == (row["example"] == 1)
 
