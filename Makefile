@@ -5,6 +5,12 @@ BIN := $(VENV)/bin
 # More for accelerate, e.g. LAUNCH_ARGS="--config_file configs/accelerate/multi_gpu.yaml"
 LAUNCH_ARGS ?=
 ARGS ?=
+# The config of `make boss`, its members, and the dataset that they and their ensemble are scored by
+BOSS ?= configs/boss.yaml
+MEMBERS = $(shell $(BIN)/python -c "import yaml; print(*yaml.safe_load(open('$(BOSS)'))['members'])")
+DATASET ?= data/drcd
+# Outside several processes, all cores: accelerate would leave a CPU run with one
+export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN_QA = $(BIN)/accelerate launch $(LAUNCH_ARGS) run_qa.py
 
 .PHONY: help setup demo test lint data simple medium strong boss push clean
@@ -47,8 +53,10 @@ medium: $(VENV)/installed  ## the medium baseline
 strong: $(VENV)/installed  ## the strong baseline
 	$(RUN_QA) --config configs/strong.yaml $(ARGS)
 
-boss: $(VENV)/installed  ## the boss baseline
-	$(RUN_QA) --config configs/boss.yaml $(ARGS)
+boss: $(VENV)/installed  ## the boss baseline: train the members of configs/boss.yaml, join their answers
+	set -e; for member in $(MEMBERS); do $(RUN_QA) --config $(BOSS) --member $$member --dataset_name $(DATASET) $(ARGS); done
+	$(BIN)/python postprocess.py $(foreach member,$(MEMBERS),outputs/$(basename $(notdir $(BOSS)))/$(member)) \
+		--output_dir outputs/$(basename $(notdir $(BOSS))) --dataset_name $(DATASET)
 
 push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/strong REPO=name/of-repository
 	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(or $(RUN),$(error RUN=outputs/... is missing)) . \

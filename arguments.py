@@ -21,9 +21,13 @@ class RunOptions:
     """Model, data, windows and span search of a run."""
 
     config: str | None = _option(None, "YAML file of options; flags on the command line win over it")
+    member: str | None = _option(None, "which run of a config that holds several, by its name under `members`")
     model_name_or_path: str | None = _option(None, "model to fine-tune or to ask: a folder or a Hub id")
     trust_remote_code: bool = _option(False, "run Python code that comes with the model; off unless you trust it")
     dataset_name: str = _option("data/drcd", "dataset in the SQuAD schema: a folder of prepare_drcd.py or a Hub id")
+    train_on_validation: bool = _option(
+        False, "train on the train and validation splits together, for a last submission: there is no score then"
+    )
     train_windows: str = _option(
         "random",
         "training windows: one random window that holds the answer a question and epoch (random), one with the answer "

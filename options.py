@@ -54,7 +54,7 @@ def parse_options(dataclass_types: Sequence[type], argv: Sequence[str] | None, d
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(dataclass_types, description=description)
     known, _ = _config_parser().parse_known_args(argv)
-    flags = config_to_flags(known.config, option_names(parser)) if known.config else []
+    flags = config_to_flags(known.config, known.member, option_names(parser)) if known.config else []
     try:
         *values, unknown = parser.parse_args_into_dataclasses(
             flags + argv, return_remaining_strings=True, look_for_args_file=False
@@ -66,11 +66,23 @@ def parse_options(dataclass_types: Sequence[type], argv: Sequence[str] | None, d
     return tuple(values)
 
 
-def config_to_flags(path: str, names: Sequence[str]) -> list[str]:
-    """The flags that say what the YAML file at `path` says. Keys must be among `names`, else UserError."""
+def config_to_flags(path: str, member: str | None, names: Sequence[str]) -> list[str]:
+    """The flags that say what the YAML file at `path` says, for one of its `members` where it has such.
+
+    A config of several runs has the key `members`: name → the options in which that run differs. Keys must be among
+    `names`. Raises UserError for others, and for a member that is not there or not chosen.
+    """
+    config = read_config(path)
+    members = config.pop("members", None)
+    if members is not None:
+        if not isinstance(members, dict) or not all(isinstance(own, dict) for own in members.values()):
+            raise UserError(f"{path}: members: must hold `name: {{option: value}}` lines")
+        if member not in members:
+            raise UserError(f"{path} holds the members {', '.join(map(str, members))}; choose one with --member")
+        config |= members[member]
     flags = []
-    for key, value in read_config(path).items():
-        if key not in names or key == "config":
+    for key, value in config.items():
+        if key not in names or key in ("config", "member"):
             raise UserError(f"{path}: {unknown_name('key', str(key), names)}")
         if isinstance(value, list):
             flags += [f"--{key}", *(_flag_value(path, key, item) for item in value)]
@@ -109,6 +121,7 @@ def unknown_name(kind: str, name: str, names: Sequence[str]) -> str:
 def _config_parser() -> Parser:
     parser = Parser(add_help=False)
     parser.add_argument("--config")
+    parser.add_argument("--member")
     return parser
 
 

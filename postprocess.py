@@ -1,21 +1,27 @@
 """Spans → answers → submission: the exact n-best span search, its merging over windows, and the files it ends in.
 
-Run alone, it rewrites predictions and submission from the n-best file of a run, without the model:
+Run alone, it rewrites predictions and submission from the n-best files of a run, or makes those of several runs one:
 
-    python postprocess.py outputs/strong
+    python postprocess.py outputs/boss/macbert outputs/boss/roberta --output_dir outputs/boss
 """
 
+import argparse
 import csv
 import json
+import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 
 from files import UserError, read_json, replacing_file, write_json
 from options import Parser, command
+from scoring import score_texts
 
 MISSING = -1  # the character offset of a candidate that is not there
 
@@ -188,17 +194,95 @@ def write_submission(path: Path, texts: dict[str, str]) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__)
-    parser.add_argument("run", type=Path, help="output folder of a run, with its *_nbest_predictions.json")
-    parser.add_argument("--output_dir", type=Path, help="folder to write to (default: the run's own)")
-    arguments = parser.parse_args(argv)
-    splits = [split for split in ("eval", "test") if nbest_path(arguments.run, split).exists()]
-    if not splits:
-        raise UserError(f"{arguments.run}: no *_nbest_predictions.json there; run run_qa.py with it as --output_dir")
-    for split in splits:
-        nbest = read_nbest(nbest_path(arguments.run, split))
-        for path in write_answers(arguments.output_dir or arguments.run, split, list(nbest), list(nbest.values())):
+    arguments = parse_arguments(argv)
+    for split in ("eval", "test"):
+        paths = [nbest_path(run, split) for run in arguments.runs]
+        present = [path for path in paths if path.exists()]
+        if present and len(present) < len(paths):
+            raise UserError(f"{next(path for path in paths if path not in present)}: not there, but {present[0]} is")
+        if not present:
+            continue
+        nbest = read_nbest(paths[0])
+        if len(paths) > 1:
+            nbest = ensemble(dict(zip(paths, map(read_nbest, paths), strict=True)), arguments.weights)
+        for path in write_answers(arguments.output_dir, split, list(nbest), list(nbest.values())):
             print(f"wrote {path}")
+        if split == "eval" and arguments.dataset_name:
+            print_score(arguments.output_dir, arguments.dataset_name, nbest)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line. Raises UserError for what does not fit together."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="output folders of runs, with their n-best files")
+    parser.add_argument("--output_dir", type=Path, help="folder to write to (of a single run: its own)")
+    parser.add_argument("--weights", type=float, nargs="+", help="weight of each run in an ensemble (all the same)")
+    parser.add_argument("--dataset_name", help="dataset folder, to score the validation split by")
+    arguments = parser.parse_args(argv)
+    if len(arguments.runs) == 1:
+        arguments.output_dir = arguments.output_dir or arguments.runs[0]
+    if arguments.output_dir is None:
+        raise UserError("--output_dir is missing: name a folder for the ensemble")
+    arguments.weights = arguments.weights or [1.0] * len(arguments.runs)
+    if len(arguments.weights) != len(arguments.runs):
+        raise UserError(f"--weights has {len(arguments.weights)} values for {len(arguments.runs)} runs")
+    if not all(0 <= weight < float("inf") for weight in arguments.weights) or not sum(arguments.weights):
+        raise UserError("--weights must be numbers from 0 on, and not all 0")
+    if not any(nbest_path(arguments.runs[0], split).exists() for split in ("eval", "test")):
+        raise UserError(f"{arguments.runs[0]}: no *_nbest_predictions.json there; name the output folder of run_qa.py")
+    return arguments
+
+
+def ensemble(runs: dict[Path, dict[str, list[dict]]], weights: Sequence[float]) -> dict[str, list[dict]]:
+    """The n-best lists of several runs as one: a span's probability is the weighted mean of what the runs give it.
+
+    Runs meet as character spans, whatever their models, windows and vocabularies. `score` is the logarithm of the
+    probability. Raises UserError if the runs do not answer the same questions over the same paragraphs.
+    """
+    (first, ids), *others = ((path, nbest.keys()) for path, nbest in runs.items())
+    for path, own in others:
+        if own != ids:
+            odd = sorted(own ^ ids)[0]
+            raise UserError(
+                f"{path}: question {odd!r} is in only one of it and {first}; the runs need the same dataset"
+            )
+    merged = {}
+    total = sum(weights)
+    for id_ in ids:
+        mixed: dict[tuple[int, int], float] = {}
+        texts: dict[tuple[int, int], str] = {}
+        for (path, nbest), weight in zip(runs.items(), weights, strict=True):
+            for candidate in nbest[id_]:
+                span = candidate["start"], candidate["end"]
+                mixed[span] = mixed.get(span, 0.0) + weight / total * candidate["probability"]
+                if texts.setdefault(span, candidate["text"]) != candidate["text"]:
+                    raise UserError(
+                        f"{path}: question {id_!r}: characters {span[0]} to {span[1]} are {candidate['text']!r}, "
+                        f"elsewhere {texts[span]!r}; the runs need the same dataset"
+                    )
+        kept = max(len(nbest[id_]) for nbest in runs.values())
+        best = sorted(mixed.items(), key=lambda item: (-item[1], item[0]))[:kept]
+        merged[id_] = [
+            {"text": texts[span], "start": span[0], "end": span[1], "score": math.log(max(p, sys.float_info.min)),
+             "probability": p}
+            for span, p in best
+        ]  # fmt: skip
+    return merged
+
+
+def print_score(output_dir: Path, dataset_name: str, nbest: dict[str, list[dict]]) -> None:
+    """Score best answers by the validation split of a dataset folder, print it and write `all_results.json`."""
+    try:
+        examples = load_dataset(dataset_name, split="validation")
+    except (OSError, ValueError, DatasetsError) as error:
+        raise UserError(f"--dataset_name {dataset_name}: no validation split to be had: {error}") from None
+    references = {str(row["id"]): row["answers"]["text"] for row in examples}
+    if missing := sorted(nbest.keys() - references.keys()):
+        raise UserError(f"--dataset_name {dataset_name}: question {missing[0]!r} of the runs is not in it")
+    texts = [candidates[0]["text"] if candidates else "" for candidates in nbest.values()]
+    scores = score_texts(texts, [references[id_] for id_ in nbest])
+    write_json(output_dir / "all_results.json", {f"eval_{name}": value for name, value in scores.items()})
+    print(f"validation: exact match {scores['exact_match']:.5f}, F1 {scores['f1']:.5f}")
 
 
 def nbest_path(run: Path, split: str) -> Path:

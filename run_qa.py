@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import evaluate
+import numpy as np
 import pyarrow.parquet as parquet
 import torch
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import (
@@ -34,6 +34,7 @@ from card import write_card
 from files import UserError, read_json, write_json
 from options import command, parse_options
 from postprocess import Candidates, best_texts, merge_windows, nbest_lists, write_answers
+from scoring import breakdown, breakdown_table, score_texts
 from trainer import QuestionAnsweringTrainer
 from windows import Collator, Layout, TrainingWindows, build_features, make_layout
 
@@ -41,7 +42,6 @@ logger = logging.get_logger("run_qa")
 
 SPLIT_OF = {"train": "train", "eval": "validation", "predict": "test"}
 WINDOW_OPTIONS = {"max_seq_length": 512, "max_question_length": 64, "doc_stride": None}
-METRIC = Path(__file__).parent / "metrics" / "drcd"
 
 
 @command
@@ -70,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def choose_output_dir(options: RunOptions, arguments: RunArguments) -> Path:
-    """`--output_dir`, else `outputs/` and the name of the config, else of the model."""
+    """`--output_dir`, else `outputs/` and the name of the config (and its member), else of the model."""
     if options.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: name a model folder or Hub id, e.g. bert-base-chinese")
     named = Path(options.config).stem if options.config else Path(options.model_name_or_path).resolve().name
     if not arguments.output_dir:
-        arguments.output_dir = str(Path("outputs", named))
+        arguments.output_dir = str(Path("outputs", named, options.member or ""))
     return Path(arguments.output_dir)
 
 
@@ -87,6 +87,8 @@ def load_splits(options: RunOptions, arguments: RunArguments) -> DatasetDict:
     """
     name = options.dataset_name
     found = open_dataset(name)
+    if options.train_on_validation:
+        found = join_for_training(found, arguments.steps, name)
     missing = [step for step in arguments.steps if SPLIT_OF[step] not in found]
     if missing:
         raise UserError(
@@ -105,6 +107,21 @@ def load_splits(options: RunOptions, arguments: RunArguments) -> DatasetDict:
     if "train" not in arguments.steps or "validation" not in splits:
         arguments.without_evaluation()
     return splits
+
+
+def join_for_training(found: DatasetDict, steps: Sequence[str], name: str) -> DatasetDict:
+    """The dataset with train and validation as one train split, and so nothing left to evaluate on.
+
+    Raises UserError if one of the two is missing, or if `steps`, the steps asked for, hold the evaluation.
+    """
+    if not {"train", "validation"} <= set(found):
+        raise UserError(f"--train_on_validation needs the splits train and validation; {name} has {', '.join(found)}")
+    if "eval" in steps:
+        raise UserError("--train_on_validation leaves no questions to evaluate on: drop it or --do_eval")
+    rows = found["validation"].map(lambda row: {"id": f"validation-{row['id']}"})  # ids differ within a split
+    joined = DatasetDict(found | {"train": concatenate_datasets([found["train"], rows.cast(found["train"].features)])})
+    del joined["validation"]
+    return joined
 
 
 def open_dataset(name: str) -> DatasetDict:
@@ -308,15 +325,26 @@ def answer(
     output = trainer.predict(features, metric_key_prefix=prefix)
     candidates = merge(examples, trainer.n_best_size, output.predictions)
     metrics = dict(output.metrics)
-    if "answers" in examples.column_names and any(answers["text"] for answers in examples["answers"]):
-        scores = score_texts(examples, best_texts(candidates, examples["context"][:]))
-        metrics |= {f"{prefix}_{name}": value for name, value in scores.items()}
+    references = [answers["text"] for answers in examples["answers"]] if "answers" in examples.column_names else []
+    if any(references):
+        texts = best_texts(candidates, examples["context"][:])
+        metrics |= {f"{prefix}_{name}": value for name, value in score_texts(texts, references).items()}
     metrics[f"{prefix}_samples"] = len(examples)
     trainer.log(dict(metrics))
+    if step == "eval":
+        metrics["eval_breakdown"] = breakdown(examples, texts, *window_facts(features))
     if trainer.is_world_process_zero():
         nbest = list(nbest_lists(candidates, examples["context"][:]))
         write_answers(output_dir, prefix, examples["id"][:], nbest)
     return metrics
+
+
+def window_facts(features: Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """For every question of labelled features: its number of windows, and whether one holds the whole answer."""
+    columns = features.with_format("numpy")
+    example = columns["example"][:]
+    holds = columns["start_positions"][:] >= columns["context_start"][:]  # else the label is on [CLS]
+    return np.bincount(example), np.bincount(example, weights=holds) > 0
 
 
 def merge(examples: Dataset, n_best_size: int, predictions: tuple[Any, Any, Any]) -> Candidates:
@@ -328,15 +356,8 @@ def merge(examples: Dataset, n_best_size: int, predictions: tuple[Any, Any, Any]
 def score(examples: Dataset, n_best_size: int, prediction: EvalPrediction) -> dict[str, float]:
     """`exact_match` and `f1` of the best answers in a Trainer's predictions; on every process, as all need the best."""
     candidates = merge(examples, n_best_size, prediction.predictions)
-    return score_texts(examples, best_texts(candidates, examples["context"][:]))
-
-
-def score_texts(examples: Dataset, texts: Sequence[str]) -> dict[str, float]:
-    """`exact_match` and `f1` (metrics/drcd) of answer texts, over the questions that have reference answers."""
-    pairs = [(text, answers["text"]) for text, answers in zip(texts, examples["answers"], strict=True)]
-    labelled = [(text, answers) for text, answers in pairs if answers]
-    metric = evaluate.load(str(METRIC), keep_in_memory=True)
-    return metric.compute(predictions=[text for text, _ in labelled], references=[answers for _, answers in labelled])
+    texts = best_texts(candidates, examples["context"][:])
+    return score_texts(texts, [answers["text"] for answers in examples["answers"]])
 
 
 def finish(
@@ -365,6 +386,7 @@ def print_summary(output_dir: Path, steps: Sequence[str], results: dict[str, flo
         for row in examples.select(range(min(5, len(examples)))):
             gold = " / ".join(dict.fromkeys(row["answers"]["text"]))
             print(f"{row['question']}\n    answer: {predictions[row['id']]}    gold: {gold}")
+        print(f"\n{breakdown_table(results['eval_breakdown'])}")
         print(f"\nvalidation: exact match {results['eval_exact_match']:.5f}, F1 {results['eval_f1']:.5f}")
     if "test_exact_match" in results and "predict" in steps:
         print(f"test: exact match {results['test_exact_match']:.5f}, F1 {results['test_f1']:.5f}")

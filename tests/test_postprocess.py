@@ -173,6 +173,58 @@ def test_a_folder_without_nbest_files_is_refused(tmp_path, capsys):
     assert "no *_nbest_predictions.json" in capsys.readouterr().err
 
 
+def member(folder, name, spans, probabilities):
+    """A run's folder with one question over 甲乙丙丁 and an eval n-best file."""
+    text = "甲乙丙丁"
+    nbest = [
+        {"text": text[start:end], "start": start, "end": end, "score": 0.0, "probability": p}
+        for (start, end), p in zip(spans, probabilities, strict=True)
+    ]
+    for split in ("eval", "test"):
+        write_answers(folder / name, split, ["0"], [nbest])
+    return str(folder / name)
+
+
+def test_an_ensemble_is_the_weighted_mean_of_probabilities(tmp_path):
+    one = member(tmp_path, "one", [(0, 1), (1, 2)], [0.6, 0.4])
+    two = member(tmp_path, "two", [(1, 2), (2, 4)], [0.9, 0.1])
+    three = member(tmp_path, "three", [(2, 4)], [1.0])
+    main([one, two, three, "--output_dir", str(tmp_path / "same")])
+    (merged,) = read_nbest(tmp_path / "same" / "eval_nbest_predictions.json").values()
+    assert [(c["text"], pytest.approx(c["probability"])) for c in merged] == [("乙", 1.3 / 3), ("丙丁", 1.1 / 3)]
+    main([one, two, three, "--output_dir", str(tmp_path / "weighted"), "--weights", "1", "1", "2"])
+    (merged,) = read_nbest(tmp_path / "weighted" / "eval_nbest_predictions.json").values()
+    assert [(c["text"], pytest.approx(c["probability"])) for c in merged] == [("丙丁", 2.1 / 4), ("乙", 1.3 / 4)]
+    assert (tmp_path / "weighted/submission.csv").read_text(encoding="utf-8") == "ID,Answer\n0,丙丁\n"
+    main([two, one, three, "--output_dir", str(tmp_path / "order")])
+    same, order = (tmp_path / name / "test_nbest_predictions.json" for name in ("same", "order"))
+    assert same.read_bytes() == order.read_bytes()
+
+
+def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys):
+    one = member(tmp_path, "one", [(0, 1)], [1.0])
+    other = tmp_path / "other"
+    write_answers(other, "eval", ["1"], [[]])
+    write_answers(
+        tmp_path / "text", "eval", ["0"], [[{"text": "x", "start": 0, "end": 1, "score": 0, "probability": 1}]]
+    )
+    write_answers(tmp_path / "text", "test", ["0"], [[]])
+    for runs, message in (
+        ([one, str(other)], "question '0' is in only one of"),
+        ([one, str(tmp_path / "text")], "characters 0 to 1 are 'x', elsewhere '甲'"),
+        ([one, str(tmp_path / "none")], "not there"),
+        ([one, one, "--weights", "1"], "--weights has 1 values for 2 runs"),
+        ([one, one, "--weights", "1", "nan"], "--weights must be numbers from 0 on"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*runs, "--output_dir", str(tmp_path / "out")])
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main([one, one])
+    assert "--output_dir is missing" in capsys.readouterr().err
+
+
 def test_reading_gives_what_was_written(tmp_path):
     nbest = list(nbest_lists(candidates_of([[2, 4], [0, 1]], [1.0, 2.0]), ["甲乙丙丁", "無"]))
     write_answers(tmp_path, "eval", ["a", "b"], nbest)

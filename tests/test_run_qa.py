@@ -310,6 +310,37 @@ def test_without_a_validation_split_the_last_model_is_kept(place, tmp_path):
     assert same_weights(weights(tmp_path / "out"), weights(tmp_path / "out/checkpoint-16"))
 
 
+def test_the_breakdown_covers_the_dev_set(trained):
+    results = json.loads((trained / "all_results.json").read_text(encoding="utf-8"))
+    for kinds in results["eval_breakdown"].values():
+        assert sum(values["questions"] for values in kinds.values()) == 30
+        right = sum(values["questions"] * values["exact_match"] for values in kinds.values())
+        assert right / 30 == pytest.approx(results["eval_exact_match"])
+    assert set(results["eval_breakdown"]["paragraph"]) == {"one window", "several windows"}
+
+
+def test_final_training_takes_train_and_dev_and_claims_no_score(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    run(*options_of(place, out, *SHORT, "--train_on_validation", "--max_steps", "12"))
+    results = json.loads((out / "all_results.json").read_text())
+    assert not [name for name in results if name.startswith("eval")]
+    assert results["epoch"] == 1.0  # 12 steps of 8 are the 60 train and 30 dev questions once
+    assert len(nbest_of(out)) == 20 and not (out / "eval_predictions.json").exists()
+    assert "exact_match" not in (out / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(SystemExit):
+        run(*options_of(place, tmp_path / "no", "--train_on_validation", "--do_train", "--do_eval"))
+    assert "leaves no questions to evaluate on" in capsys.readouterr().err
+
+
+def test_a_member_of_a_config_has_its_own_folder(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shared = f"dataset_name: {place / 'data/drcd'}\nmax_steps: 1\nmax_predict_samples: 3\n"
+    members = f"members:\n  one: {{model_name_or_path: {place / 'model'}, seed: 1}}\n"
+    (tmp_path / "pair.yaml").write_text(shared + members, encoding="utf-8")
+    run("--config", "pair.yaml", "--member", "one", "--do_train", "--do_predict", *WINDOWS)
+    assert len(nbest_of(tmp_path / "outputs/pair/one")) == 3
+
+
 def broken_dataset(place, tmp_path, split, change):
     """A copy of the data with one split's Parquet table changed."""
     import pyarrow.parquet as pq
@@ -327,7 +358,7 @@ REFUSED = {
     "unknown option": (["--doc_strid", "9"], "unknown option '--doc_strid'; did you mean '--doc_stride'?"),
     "abbreviated option": (["--doc_s", "9"], "unknown option '--doc_s'; did you mean '--doc_stride'?"),
     "wrong type": (["--n_best_size", "many"], "argument --n_best_size/--n-best-size: invalid int value: 'many'"),
-    "wrong choice": (["--train_windows", "middle"], "argument --train_windows/--train-windows: invalid choice: 'middle'"),
+    "wrong choice": (["--span_choice", "x"], "argument --span_choice/--span-choice: invalid choice: 'x'"),
     "wrong value": (["--max_answer_length", "0"], "--max_answer_length is 0, must be at least 1"),
     "wrong Trainer value": (["--eval_strategy", "often"], "often"),
     "no such model": (["--model_name_or_path", "./nowhere"], "--model_name_or_path ./nowhere: cannot be loaded"),

@@ -27,15 +27,21 @@ class Drcd(evaluate.Metric):
         return evaluate.MetricInfo(description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=features)
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        pairs = [
-            (without_commas(prediction), [without_commas(answer) for answer in answers])
-            for prediction, answers in zip(predictions, references, strict=True)
-        ]
+        pairs = list(zip(predictions, references, strict=True))
         return {
-            "exact_match": sum(prediction in answers for prediction, answers in pairs) / len(pairs),
-            "f1": sum(max(character_f1(prediction, answer) for answer in answers) for prediction, answers in pairs)
-            / len(pairs),
+            "exact_match": sum(exact_match(prediction, answers) for prediction, answers in pairs) / len(pairs),
+            "f1": sum(character_f1(prediction, answers) for prediction, answers in pairs) / len(pairs),
         }
+
+
+def exact_match(prediction: str, answers: list[str]) -> bool:
+    """Whether a prediction is one of the reference answers, ASCII commas deleted on both sides."""
+    return without_commas(prediction) in map(without_commas, answers)
+
+
+def character_f1(prediction: str, answers: list[str]) -> float:
+    """Share of common characters with the best fitting reference answer, ASCII commas deleted on both sides."""
+    return max(_overlap(without_commas(prediction), without_commas(answer)) for answer in answers)
 
 
 def without_commas(text: str) -> str:
@@ -43,7 +49,7 @@ def without_commas(text: str) -> str:
     return text.replace(",", "")
 
 
-def character_f1(prediction: str, answer: str) -> float:
+def _overlap(prediction: str, answer: str) -> float:
     """Harmonic mean of the shares of characters of each that the other has too; 1 if both are empty."""
     if not prediction or not answer:
         return float(prediction == answer)
