@@ -374,7 +374,7 @@ def finish(
     results = known | results
     write_json(path, results)
     if "train" in arguments.steps:
-        write_card(output_dir, options, arguments, results)
+        write_card(output_dir, options, arguments, results, trainer.model.config.qa_windows)
     print_summary(output_dir, arguments.steps, results, dataset)
 
 

@@ -1,0 +1,103 @@
+"""What README, Makefile and configs say can be done."""
+
+import itertools
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+
+import arguments
+import make_sample
+import options
+import postprocess
+import prepare_drcd
+
+ROOT = Path(options.__file__).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```\n(.*?)```", README, flags=re.S)
+COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()})
+IN_TEXT = re.findall(r"`(make [^`]*|python [^`]*|accelerate launch [^`]*)`", README)
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+AT_HEAD = [line[2:].strip() for path in (ROOT / "configs").rglob("*.yaml") for line in path.read_text().splitlines()
+           if re.match(r"#\s+accelerate launch", line)]  # fmt: skip
+RUN_OPTIONS = (arguments.RunOptions, arguments.RunArguments)
+
+
+def strip_launcher(words):
+    """The script's words of an accelerate command; the launcher's own configs must load."""
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    for flag, value in itertools.pairwise(words[:script]):
+        if flag == "--config_file":
+            assert isinstance(load_config_from_file(str(ROOT / value)), ClusterConfig)
+    return words[script:]
+
+
+@pytest.mark.parametrize("command", sorted({*COMMANDS, *IN_TEXT, *AT_HEAD}))
+def test_every_command_is_one(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    if words[0] == "make":
+        plan = subprocess.run([*words[:1], "-n", *words[1:]], capture_output=True, text=True, cwd=ROOT)
+        assert plan.returncode == 0, plan.stderr
+        return
+    words = strip_launcher(words) if words[0] == "accelerate" else words[1:]
+    script, *flags = words
+    if script == "-m":
+        assert flags == shlex.split("pip install -r requirements.txt -c constraints.txt")
+    elif script == "run_qa.py":
+        options.parse_options(RUN_OPTIONS, [flag for flag in flags if flag != "--help"], "")
+    elif script == "prepare_drcd.py":
+        options.parse_options((prepare_drcd.PrepareOptions,), flags, "")
+    elif script == "make_sample.py":
+        options.parse_options((make_sample.SampleOptions,), flags, "")
+    elif script == "postprocess.py":
+        with pytest.raises(options.UserError, match="_nbest_predictions.json there"):
+            postprocess.parse_arguments(flags)
+    else:
+        assert script.startswith("benchmarks/") and (ROOT / script).exists(), command
+
+
+def test_every_file_named_in_the_readme_is_there():
+    made = ("outputs/", "data/", "hw7")
+    for name in re.findall(r"`((?:configs|benchmarks|metrics)/[\w./-]+|\w+\.(?:py|yaml|txt))`", README):
+        assert name.startswith(made) or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads(path):
+    members = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("members") or {None: None}
+    for member in members:
+        more = ["--member", member] if member else []
+        run, _ = options.parse_options(RUN_OPTIONS, ["--config", str(path), *more], "")
+        assert run.model_name_or_path and run.max_seq_length
+        assert run.max_seq_length - run.max_question_length - 3 >= run.doc_stride
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_accelerate_config_is_known_to_accelerate(path):
+    config = load_config_from_file(str(path))
+    assert isinstance(config, ClusterConfig) and config.num_processes > 1
+
+
+def test_make_alone_lists_the_targets():
+    listed = subprocess.run(["make"], capture_output=True, text=True, cwd=ROOT).stdout
+    for target in ("setup", "demo", "test", "lint", "data", "simple", "medium", "strong", "boss", "push", "clean"):
+        assert re.search(rf"^{target} ", listed, flags=re.M)
+
+
+def test_every_option_of_the_project_has_help_and_there_are_not_too_many():
+    fields = arguments.RunOptions.__dataclass_fields__
+    assert len(fields) <= 25
+    assert all(field.metadata.get("help") for field in fields.values())
+
+
+def test_the_scripts_help_works(capsys):
+    for main in (__import__("run_qa").main, prepare_drcd.main, make_sample.main, postprocess.main):
+        with pytest.raises(SystemExit) as stop:
+            main(["--help"])
+        assert stop.value.code == 0
+    assert "--doc_stride" in capsys.readouterr().out
