@@ -11,9 +11,9 @@ MEMBERS = $(shell $(BIN)/python -c "import yaml; print(*yaml.safe_load(open('$(B
 DATASET ?= data/drcd
 # Outside several processes, all cores: accelerate would leave a CPU run with one
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
-RUN_QA = $(BIN)/accelerate launch $(LAUNCH_ARGS) run_qa.py
+RUN_QA = $(BIN)/accelerate launch --quiet $(LAUNCH_ARGS) run_qa.py
 
-.PHONY: help setup demo test lint data simple medium strong boss push clean
+.PHONY: help setup sample demo ladder test lint data simple medium strong boss push clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,10 +29,15 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-demo: $(VENV)/installed  ## generate a sample, train a small model on it, score it, answer its test questions
+sample: $(VENV)/installed  ## generate the sample, with a small untrained model: data/sample
 	$(BIN)/python make_sample.py --output_dir data/sample
 	$(BIN)/python prepare_drcd.py --data_dir data/sample --output_dir data/sample/dataset
+
+demo: sample  ## train the small model on the sample, score it, answer its test questions
 	$(RUN_QA) --config configs/demo.yaml $(ARGS)
+
+ladder: sample  ## what each lever of the course buys, on the sample: about 10 minutes on two cores
+	$(BIN)/python benchmarks/ladder.py $(ARGS)
 
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q $(ARGS)

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 CONFIG = ROOT / "configs" / "ladder.yaml"
-SIDE_BY_SIDE, OVERLAPPING = ["--doc_stride", "40"], ["--doc_stride", "10"]  # of windows of 40 paragraph tokens
+SIDE_BY_SIDE, OVERLAPPING = ["--doc_stride", "48"], ["--doc_stride", "12"]  # of windows of 48 paragraph tokens
 INDEPENDENT, JOINT = ["--span_choice", "independent"], ["--span_choice", "joint"]
 CENTERED, RANDOM = ["--train_windows", "centered"], ["--train_windows", "random"]
 CONSTANT, LINEAR = ["--lr_scheduler_type", "constant", "--warmup_steps", "0"], ["--lr_scheduler_type", "linear"]
@@ -90,12 +90,19 @@ def train_and_evaluate(data: Path, output_dir: Path, training: str, seed: int) -
     model = output_dir / f"{training}-{seed}"
     shared = ["--config", CONFIG, "--dataset_name", data / "dataset", "--disable_tqdm", "true"]
     train = ["--model_name_or_path", data / "model", "--output_dir", model, "--seed", seed, "--do_train"]
-    with open(os.devnull, "w") as silence, contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-        run_qa.main([str(value) for value in shared + train + TRAININGS[training]])
-        for number, (_, own, evaluation) in enumerate(RUNGS):
-            if own == training:
-                answer = ["--model_name_or_path", model, "--output_dir", output_dir / folder(number, seed), "--do_eval"]
-                run_qa.main([str(value) for value in shared + answer + evaluation])
+    commands = [shared + train + TRAININGS[training]]
+    for number, (_, own, evaluation) in enumerate(RUNGS):
+        if own == training:
+            answer = ["--model_name_or_path", model, "--output_dir", output_dir / folder(number, seed), "--do_eval"]
+            commands.append(shared + answer + evaluation)
+    log = output_dir / f"{training}-{seed}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        for command in commands:
+            try:
+                run_qa.main(list(map(str, command)))
+            except SystemExit:
+                raise RuntimeError(f"{training}, seed {seed}, did not end well: see {log}") from None
 
 
 def folder(number: int, seed: int) -> str:
