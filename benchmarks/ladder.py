@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -23,6 +24,9 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+from files import UserError
+from options import command
 
 CONFIG = ROOT / "configs" / "ladder.yaml"
 SIDE_BY_SIDE, OVERLAPPING = ["--doc_stride", "48"], ["--doc_stride", "12"]  # of windows of 48 paragraph tokens
@@ -45,12 +49,13 @@ ENSEMBLE = "boss: + ensemble of {} seeds"
 ENSEMBLE_SIZE = 3
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/sample"), help="folder of make_sample.py, prepared")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/ladder"))
     parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     started = time.monotonic()
     seeds = range(1, arguments.seeds + 1)
     climb(arguments.data, arguments.output_dir, seeds)
@@ -102,7 +107,7 @@ def train_and_evaluate(data: Path, output_dir: Path, training: str, seed: int) -
             try:
                 run_qa.main(list(map(str, command)))
             except SystemExit:
-                raise RuntimeError(f"{training}, seed {seed}, did not end well: see {log}") from None
+                raise UserError(f"{training}, seed {seed}, did not end well: see {log}") from None
 
 
 def folder(number: int, seed: int) -> str:

@@ -1,6 +1,7 @@
 """The span search and its merging against brute force; the files as Kaggle and pandas read them."""
 
 import json
+import os
 
 import numpy as np
 import pandas
@@ -19,6 +20,8 @@ from postprocess import (
     write_answers,
     write_submission,
 )
+
+CASES = int(os.environ.get("SPAN_CASES", "400"))  # of each kind; the variable asks for a longer look
 
 
 def random_windows(generator, windows, tokens, kind):
@@ -59,7 +62,7 @@ def search(logits, char_starts, char_ends, n_best_size, max_answer_length, choic
 def test_search_and_merge_equal_brute_force(kind):
     """Candidates, their order and their scores, over windows, padding, ties and tokens that share characters."""
     generator = np.random.default_rng(len(kind))
-    for _ in range(400):
+    for _ in range(CASES):
         windows, tokens = int(generator.integers(1, 6)), int(generator.integers(1, 14))
         n_best_size, max_answer_length = int(generator.integers(1, 25)), int(generator.integers(1, 16))
         logits, _, char_ends, char_starts = random_windows(generator, windows, tokens, kind)
@@ -75,6 +78,32 @@ def test_search_and_merge_equal_brute_force(kind):
             assert found.scores[place].tolist() == [score for _, score in candidates]
             if candidates:
                 assert found.probabilities[place].sum() == pytest.approx(1)
+
+
+def textbook_best(logits, char_starts, char_ends, max_answer_length):
+    """The best score by the Transformers example: the 20 best starts times the 20 best ends of each window."""
+    best = -np.inf
+    for window in range(logits.shape[1]):
+        starts, ends = (np.argsort(values[window])[-1:-21:-1] for values in logits)
+        for i in starts:
+            for j in ends:
+                covered = all(char_starts[window, k] < char_ends[window, k] for k in (i, j))
+                if covered and i <= j < i + max_answer_length:
+                    best = max(best, logits[0, window, i] + logits[1, window, j])
+    return best
+
+
+def test_the_best_score_is_never_below_the_textbook_searchs():
+    generator = np.random.default_rng(20)
+    higher = 0
+    for _ in range(CASES // 4):
+        tokens, max_answer_length = int(generator.integers(1, 90)), int(generator.integers(1, 30))
+        logits, _, char_ends, char_starts = random_windows(generator, 3, tokens, "plain")
+        scores, _ = search(logits, char_starts, char_ends, 1, max_answer_length)
+        textbook = textbook_best(logits, char_starts, char_ends, max_answer_length)
+        assert scores.max().item() >= textbook
+        higher += scores.max().item() > textbook
+    assert higher  # and sometimes the textbook search misses the best span
 
 
 def test_padding_and_order_of_windows_change_nothing():
