@@ -22,13 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from files import UserError
 from options import command
 
-CONFIG = ROOT / "configs" / "ladder.yaml"
+CONFIG = Path(__file__).parent.parent / "configs" / "ladder.yaml"
 SIDE_BY_SIDE, OVERLAPPING = ["--doc_stride", "48"], ["--doc_stride", "12"]  # of windows of 48 paragraph tokens
 INDEPENDENT, JOINT = ["--span_choice", "independent"], ["--span_choice", "joint"]
 CENTERED, RANDOM = ["--train_windows", "centered"], ["--train_windows", "random"]
