@@ -10,7 +10,7 @@ import csv
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from options import Parser, command
 from scoring import score_texts
 
 MISSING = -1  # the character offset of a candidate that is not there
+BRACKETS = dict(["「」", "『』", "《》", "〈〉", "（）", "()", "【】", "“”"])
 
 
 def best_spans(
@@ -153,11 +154,36 @@ def nbest_lists(candidates: Candidates, contexts: Sequence[str]) -> Iterator[lis
 
 
 def best_texts(candidates: Candidates, contexts: Sequence[str]) -> list[str]:
-    """The best candidate's text of every question, empty where there is no candidate."""
-    first, found = candidates.bounds[:-1], np.diff(candidates.bounds) > 0
-    spans = np.zeros((len(first), 2), dtype=np.int64)
-    spans[found] = candidates.spans[first[found]]
-    return [context[start:end] for context, (start, end) in zip(contexts, spans.tolist(), strict=True)]
+    """Every question's answer by `choose`."""
+    spans = candidates.spans.tolist()
+    return [
+        choose(context[start:end] for start, end in spans[first:last])
+        for context, first, last in zip(contexts, candidates.bounds, candidates.bounds[1:], strict=False)
+    ]
+
+
+def choose(texts: Iterable[str]) -> str:
+    """The answer among candidates' texts, best first: the best whose brackets are balanced, else the best.
+
+    No gold answer of DRCD has a bracket without its other half. Empty without candidates.
+    """
+    first = None
+    for text in texts:
+        if is_balanced(text):
+            return text
+        first = text if first is None else first
+    return first or ""
+
+
+def is_balanced(text: str) -> bool:
+    """Whether every bracket or quotation mark of `BRACKETS` in `text` has its other half, properly nested."""
+    open_ones = []
+    for char in text:
+        if char in BRACKETS:
+            open_ones.append(BRACKETS[char])
+        elif char in BRACKETS.values() and (not open_ones or open_ones.pop() != char):
+            return False
+    return not open_ones
 
 
 def write_answers(output_dir: Path, split: str, ids: Sequence[str], nbest: Sequence[list[dict]]) -> list[Path]:
@@ -166,7 +192,7 @@ def write_answers(output_dir: Path, split: str, ids: Sequence[str], nbest: Seque
     Returns the paths. Each file is replaced as a whole.
     """
     paths = [output_dir / f"{split}_predictions.json", output_dir / f"{split}_nbest_predictions.json"]
-    texts = {id_: candidates[0]["text"] if candidates else "" for id_, candidates in zip(ids, nbest, strict=True)}
+    texts = {id_: choose(c["text"] for c in candidates) for id_, candidates in zip(ids, nbest, strict=True)}
     write_json(paths[0], texts)
     with replacing_file(paths[1]) as file:
         file.write("{")
@@ -279,7 +305,7 @@ def print_score(output_dir: Path, dataset_name: str, nbest: dict[str, list[dict]
     references = {str(row["id"]): row["answers"]["text"] for row in examples}
     if missing := sorted(nbest.keys() - references.keys()):
         raise UserError(f"--dataset_name {dataset_name}: question {missing[0]!r} of the runs is not in it")
-    texts = [candidates[0]["text"] if candidates else "" for candidates in nbest.values()]
+    texts = [choose(candidate["text"] for candidate in candidates) for candidates in nbest.values()]
     scores = score_texts(texts, [references[id_] for id_ in nbest])
     write_json(output_dir / "all_results.json", {f"eval_{name}": value for name, value in scores.items()})
     print(f"validation: exact match {scores['exact_match']:.5f}, F1 {scores['f1']:.5f}")

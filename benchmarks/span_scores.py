@@ -22,11 +22,10 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from metrics.drcd.drcd import exact_match
-from postprocess import best_spans, merge_windows, nbest_lists
+from postprocess import BRACKETS, best_spans, choose, merge_windows, nbest_lists
 from windows import Collator, build_features, make_layout
 
-PAIRS = dict(["「」", "『』", "《》", "〈〉", "（）", "()", "【】", "“”"])
-CLOSING = {closing: opening for opening, closing in PAIRS.items()}
+CLOSING = {closing: opening for opening, closing in BRACKETS.items()}
 
 
 def main() -> None:
@@ -48,7 +47,7 @@ def main() -> None:
         before = right(answers[0], gold)
         for name, texts in (
             ("brackets completed or cut", [repaired(nbest, c) for nbest, c in zip(raw, contexts, strict=True)]),
-            ("best balanced candidate", [best_balanced(nbest) for nbest in raw]),
+            ("best balanced candidate", [choose(candidate["text"] for candidate in nbest) for nbest in raw]),
         ):
             after = right(texts, gold)
             touched[name] += [(after & ~before).sum(), (before & ~after).sum()]
@@ -102,7 +101,7 @@ def unbalanced(text: str) -> tuple[str, str]:
     """The closing brackets without an opening one in `text`, and the opening ones without a closing one."""
     opened, closed = [], []
     for char in text:
-        if char in PAIRS:
+        if char in BRACKETS:
             opened.append(char)
         elif char in CLOSING:
             if opened and opened[-1] == CLOSING[char]:
@@ -112,18 +111,13 @@ def unbalanced(text: str) -> tuple[str, str]:
     return "".join(closed), "".join(opened)
 
 
-def best_balanced(nbest: list[dict]) -> str:
-    """The best candidate whose brackets are balanced, the best of all if none is."""
-    return next((c["text"] for c in nbest if not any(unbalanced(c["text"]))), nbest[0]["text"] if nbest else "")
-
-
 def repaired(nbest: list[dict], context: str) -> str:
     """The best candidate; its missing bracket taken from beside it in the paragraph, else the odd one cut off."""
     if not nbest:
         return ""
     text, start, end = (nbest[0][name] for name in ("text", "start", "end"))
     closed, opened = unbalanced(text)
-    if opened and context[end : end + 1] == PAIRS[opened[-1]]:
+    if opened and context[end : end + 1] == BRACKETS[opened[-1]]:
         return text + context[end]
     if closed and start and context[start - 1] == CLOSING[closed[0]]:
         return context[start - 1] + text

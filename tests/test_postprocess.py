@@ -12,6 +12,7 @@ from postprocess import (
     MISSING,
     best_spans,
     best_texts,
+    choose,
     independent_spans,
     main,
     merge_windows,
@@ -146,6 +147,27 @@ def test_texts_are_cut_from_the_paragraph():
     first, second = nbest_lists(candidates, ["甲乙丙丁", "無"])
     assert [c["text"] for c in first] == ["甲", "丙丁"] and second == []
     assert (first[1]["start"], first[1]["end"], first[1]["score"]) == (2, 4, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer"),
+    [
+        (["《紅樓夢", "《紅樓夢》", "紅樓夢"], "《紅樓夢》"),
+        (["紅樓夢》", "「紅》"], "紅樓夢》"),
+        (["甲（乙）", "乙"], "甲（乙）"),
+        (["」「", "「甲『乙』」"], "「甲『乙』」"),
+        (["「甲『乙」』", "乙"], "乙"),
+        (["1)", "1"], "1"),
+        ([], ""),
+    ],
+)
+def test_the_answer_is_the_best_candidate_with_balanced_brackets(texts, answer):
+    assert choose(texts) == answer
+    context = "".join(texts)
+    ends = np.cumsum([len(text) for text in texts], dtype=int).tolist()
+    spans = [[end - len(text), end] for text, end in zip(texts, ends, strict=True)]
+    merged = candidates_of(spans or [[MISSING, MISSING]], np.arange(len(spans) or 1)[::-1].astype(float).tolist())
+    assert best_texts(merged, [context, ""])[0] == answer
 
 
 ODD = ['他說"是"', "1,234,567", "第一行\n第二行", "=SUM(A1)", "全形，逗號", "", "'", " 前後 ", "a\r\nb"]
