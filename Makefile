@@ -59,7 +59,7 @@ strong: $(VENV)/installed  ## the strong baseline
 	$(RUN_QA) --config configs/strong.yaml $(ARGS)
 
 boss: $(VENV)/installed  ## the boss baseline: train the members of configs/boss.yaml, join their answers
-	set -e; for member in $(MEMBERS); do $(RUN_QA) --config $(BOSS) --member $$member --dataset_name $(DATASET) $(ARGS); done
+	set -e; for member in $(or $(MEMBERS),$(error $(BOSS) has no members)); do $(RUN_QA) --config $(BOSS) --member $$member --dataset_name $(DATASET) $(ARGS); done
 	$(BIN)/python postprocess.py $(foreach member,$(MEMBERS),outputs/$(basename $(notdir $(BOSS)))/$(member)) \
 		--output_dir outputs/$(basename $(notdir $(BOSS))) --dataset_name $(DATASET)
 

@@ -92,6 +92,7 @@ class RunArguments(TrainingArguments):
 
     def __post_init__(self):
         self.steps = [step for step in ("train", "eval", "predict") if getattr(self, f"do_{step}")]
+        self._refuse()
         self.remove_unused_columns = False
         self.output_dir = self.output_dir or ""  # None would become the Trainer's own "trainer_output"
         if self.use_cpu or not torch.accelerator.is_available():
@@ -99,17 +100,37 @@ class RunArguments(TrainingArguments):
             if self.fp16 or self.fp16_full_eval:
                 logger.warning("fp16 needs a GPU and there is none: running in float32")
                 self.fp16 = self.fp16_full_eval = False
-        self.save_between = SaveStrategy(self.save_strategy)
-        self.save_between_steps = int(self.save_steps)
+        self.save_between, self.save_between_steps = SaveStrategy.NO, self.save_steps
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False
-        if self.load_best_model_at_end and self.save_strategy != self.eval_strategy and self.save_strategy != "best":
+        if self.load_best_model_at_end and self.save_strategy != "best":
+            self.save_between = SaveStrategy(self.save_strategy)
             self.save_strategy = self.eval_strategy
             if self.eval_strategy == "steps":
-                self.save_steps = self.eval_steps or self.logging_steps
-        else:
-            self.save_between = SaveStrategy.NO
+                self.save_steps = self.eval_steps = self.eval_steps or self.logging_steps
         super().__post_init__()
+
+    def _refuse(self) -> None:
+        """Raise ValueError for options of the Trainer that cannot be meant, or that leave no answers to search for."""
+        at_least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+        at_least |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "learning_rate": 0, "seed": 0}
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:  # NaN is not either
+                raise ValueError(f"--{name} is {getattr(self, name)}, must be at least {least}")
+        if not self.save_steps > 0:
+            raise ValueError(f"--save_steps is {self.save_steps}, must be above 0")
+        scores = ("exact_match", "f1", "loss")
+        if (self.metric_for_best_model or "loss").removeprefix("eval_") not in scores:
+            raise ValueError(f"--metric_for_best_model is {self.metric_for_best_model!r}, must be one of {scores}")
+        if self.dataloader_drop_last:
+            raise ValueError("--dataloader_drop_last would leave questions without an answer: drop it")
+        if self.prediction_loss_only or self.batch_eval_metrics or not self.eval_do_concat_batches:
+            raise ValueError(
+                "--prediction_loss_only, --batch_eval_metrics and --eval_do_concat_batches false leave no answers to "
+                "score: drop them"
+            )
+        if self.resume_from_checkpoint is not None:
+            raise ValueError("--resume_from_checkpoint: a run goes on by itself from its last complete checkpoint")
 
     def without_evaluation(self) -> None:
         """Settle for a run that cannot evaluate in training: no best model, the last one is kept."""

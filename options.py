@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import functools
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -19,6 +20,9 @@ def command(main: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[s
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # Chinese on a terminal that is not UTF-8; names that are not
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:
@@ -52,6 +56,8 @@ def parse_options(dataclass_types: Sequence[type], argv: Sequence[str] | None, d
     valid one, and for a value of a wrong type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    if any("\0" in argument for argument in argv):
+        raise UserError("an option holds a NUL character")
     parser = Parser(dataclass_types, description=description)
     known, _ = _config_parser().parse_known_args(argv)
     flags = config_to_flags(known.config, known.member, option_names(parser)) if known.config else []
@@ -86,6 +92,8 @@ def config_to_flags(path: str, member: str | None, names: Sequence[str]) -> list
             raise UserError(f"{path}: {unknown_name('key', str(key), names)}")
         if isinstance(value, list):
             flags += [f"--{key}", *(_flag_value(path, key, item) for item in value)]
+        elif value is False and key.endswith("_strategy"):
+            flags.append(f"--{key}=no")  # YAML reads a bare `no` as false
         elif value is not None:
             flags.append(f"--{key}={_flag_value(path, key, value)}")
     return flags

@@ -211,7 +211,8 @@ def write_submission(path: Path, texts: dict[str, str]) -> None:
 
     Course ids are written in numerical order, ids of other data in the order of `texts`.
     """
-    ids = sorted(texts, key=int) if all(id_.isascii() and id_.isdigit() for id_ in texts) else list(texts)
+    numbers = all(id_.isascii() and id_.isdigit() and len(id_) < 19 for id_ in texts)
+    ids = sorted(texts, key=int) if numbers else list(texts)
     with replacing_file(path, newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["ID", "Answer"])
@@ -221,20 +222,32 @@ def write_submission(path: Path, texts: dict[str, str]) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    for split in ("eval", "test"):
-        paths = [nbest_path(run, split) for run in arguments.runs]
-        present = [path for path in paths if path.exists()]
-        if present and len(present) < len(paths):
-            raise UserError(f"{next(path for path in paths if path not in present)}: not there, but {present[0]} is")
-        if not present:
-            continue
-        nbest = read_nbest(paths[0])
-        if len(paths) > 1:
-            nbest = ensemble(dict(zip(paths, map(read_nbest, paths), strict=True)), arguments.weights)
+    references = read_references(arguments.dataset_name) if arguments.dataset_name else None
+    for split in common_splits(arguments.runs):
+        nbests = {run: read_nbest(nbest_path(run, split)) for run in arguments.runs}
+        nbest = ensemble(nbests, arguments.weights) if len(nbests) > 1 else nbests.popitem()[1]
+        scored = split == "eval" and references is not None
+        if scored and not (nbest and nbest.keys() <= references.keys() and any(references[id_] for id_ in nbest)):
+            raise UserError(f"--dataset_name {arguments.dataset_name}: it does not have the questions of the runs")
         for path in write_answers(arguments.output_dir, split, list(nbest), list(nbest.values())):
             print(f"wrote {path}")
-        if split == "eval" and arguments.dataset_name:
-            print_score(arguments.output_dir, arguments.dataset_name, nbest)
+        if scored:
+            score_and_note(arguments.output_dir, references, nbest)
+
+
+def common_splits(runs: Sequence[Path]) -> list[str]:
+    """The splits that all runs have answered, "eval" and "test"; raises UserError if there is none."""
+    lacking = {
+        split: [path for path in (nbest_path(run, split) for run in runs) if not path.exists()]
+        for split in ("eval", "test")
+    }
+    if all(lacking.values()):
+        path = lacking["test"][0]
+        raise UserError(f"{path}: there is no such file; name output folders in which run_qa.py has answered questions")
+    for split, paths in lacking.items():
+        if 0 < len(paths) < len(runs):
+            print(f"left out the {split} split: there is no {paths[0]}", file=sys.stderr)
+    return [split for split, paths in lacking.items() if not paths]
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -250,12 +263,15 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.output_dir is None:
         raise UserError("--output_dir is missing: name a folder for the ensemble")
     arguments.weights = arguments.weights or [1.0] * len(arguments.runs)
+    folders = [run.resolve() for run in arguments.runs]
+    if len(folders) > 1 and arguments.output_dir.resolve() in folders:
+        raise UserError("--output_dir is one of the runs, whose answers would be lost; name another folder")
+    if len(set(folders)) < len(folders):
+        raise UserError("the same run stands twice; give it a weight with --weights instead")
     if len(arguments.weights) != len(arguments.runs):
         raise UserError(f"--weights has {len(arguments.weights)} values for {len(arguments.runs)} runs")
     if not all(0 <= weight < float("inf") for weight in arguments.weights) or not sum(arguments.weights):
         raise UserError("--weights must be numbers from 0 on, and not all 0")
-    if not any(nbest_path(arguments.runs[0], split).exists() for split in ("eval", "test")):
-        raise UserError(f"{arguments.runs[0]}: no *_nbest_predictions.json there; name the output folder of run_qa.py")
     return arguments
 
 
@@ -296,18 +312,23 @@ def ensemble(runs: dict[Path, dict[str, list[dict]]], weights: Sequence[float]) 
     return merged
 
 
-def print_score(output_dir: Path, dataset_name: str, nbest: dict[str, list[dict]]) -> None:
-    """Score best answers by the validation split of a dataset folder, print it and write `all_results.json`."""
+def read_references(dataset_name: str) -> dict[str, list[str]]:
+    """The reference answers of a dataset folder's validation split by id. Raises UserError if there are none."""
     try:
         examples = load_dataset(dataset_name, split="validation")
-    except (OSError, ValueError, DatasetsError) as error:
-        raise UserError(f"--dataset_name {dataset_name}: no validation split to be had: {error}") from None
-    references = {str(row["id"]): row["answers"]["text"] for row in examples}
-    if missing := sorted(nbest.keys() - references.keys()):
-        raise UserError(f"--dataset_name {dataset_name}: question {missing[0]!r} of the runs is not in it")
+        return {str(row["id"]): row["answers"]["text"] for row in examples}
+    except (OSError, ValueError, LookupError, TypeError, DatasetsError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--dataset_name {dataset_name}: no labelled validation split to be had: {reason}") from None
+
+
+def score_and_note(output_dir: Path, references: dict[str, list[str]], nbest: dict[str, list[dict]]) -> None:
+    """Score the answers by references, print the score and note it in `all_results.json`, beside what stands there."""
     texts = [choose(candidate["text"] for candidate in candidates) for candidates in nbest.values()]
     scores = score_texts(texts, [references[id_] for id_ in nbest])
-    write_json(output_dir / "all_results.json", {f"eval_{name}": value for name, value in scores.items()})
+    path = output_dir / "all_results.json"
+    known = read_json(path) if path.exists() else {}
+    write_json(path, known | {f"eval_{name}": value for name, value in scores.items()})
     print(f"validation: exact match {scores['exact_match']:.5f}, F1 {scores['f1']:.5f}")
 
 
@@ -322,7 +343,7 @@ def read_nbest(path: Path) -> dict[str, list[dict]]:
     if not isinstance(nbest, dict):
         raise UserError(f"{path}: must hold one object of question ids, holds a {type(nbest).__name__}")
     for id_, candidates in nbest.items():
-        if not isinstance(candidates, list) or not all(map(_is_candidate, candidates)):
+        if not isinstance(candidates, list) or not all(map(_is_candidate, candidates)) or not _is_unicode(id_):
             raise UserError(
                 f"{path}: question {id_!r}: must be a list of candidates with text, start, end, score and probability"
             )
@@ -333,9 +354,17 @@ def _is_candidate(value: object) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("text"), str)
+        and _is_unicode(value["text"])
         and all(type(value.get(name)) is int and value[name] >= 0 for name in ("start", "end"))
-        and all(type(value.get(name)) in (int, float) and np.isfinite(value[name]) for name in ("score", "probability"))
+        and all(type(value.get(name)) in (int, float) for name in ("score", "probability"))
+        and abs(value["score"]) < 1e38  # float32; not NaN
+        and 0 <= value["probability"] <= 1
     )
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be written: JSON may hold halves of surrogate pairs."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _stable_top(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:

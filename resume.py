@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ logger = logging.get_logger(__name__)
 
 _RUN_FILE = "run.json"
 
-# What training cannot feel: a run may go on with another value. Everything else shapes the weights.
+# What training cannot feel: a run may go on with another value. Everything else shapes the weights, or which of them
+# are the best.
 _WITHOUT_EFFECT = {
     *("config", "dataset_name", "preprocessing_num_workers", "fresh_start", "trust_remote_code", "member"),
-    *("n_best_size", "max_answer_length", "span_choice", "max_eval_samples", "max_predict_samples"),
+    *("n_best_size", "max_predict_samples"),
     *("output_dir", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "eval_accumulation_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product counts, see `shape`
     *("log_level", "log_level_replica", "log_on_each_node", "logging_strategy", "logging_first_step"),
@@ -34,7 +36,7 @@ _WITHOUT_EFFECT = {
     *("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push"),
     *("hub_revision", "ddp_timeout", "ddp_backend", "local_rank", "use_cpu", "debug", "trackio_space_id"),
     *("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing"),
-    *("gradient_checkpointing_kwargs", "eval_delay", "include_for_metrics", "include_num_input_tokens_seen"),
+    *("gradient_checkpointing_kwargs", "include_for_metrics", "include_num_input_tokens_seen"),
 }
 
 
@@ -77,13 +79,21 @@ def is_finished(output_dir: Path, shaping: dict[str, Any]) -> bool:
     return stored["finished"]
 
 
-def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool) -> None:
-    """Make `output_dir` this run's. With `fresh_start` what an earlier run left to go on from is deleted."""
+def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool, processes: int) -> None:
+    """Make `output_dir` this run's, and note by how many processes its next checkpoints are written.
+
+    With `fresh_start` what an earlier run left to go on from is deleted; so are answers and figures of another model.
+    """
+    stored = None if fresh_start else stored_run(output_dir)
     if fresh_start:
         for checkpoint in checkpoints(output_dir):
             shutil.rmtree(checkpoint)
-    if fresh_start or stored_run(output_dir) is None:
-        write_json(output_dir / _RUN_FILE, {"finished": False, "options": shaping})
+    if stored is None:
+        for name in ("all_results.json", "README.md", "submission.csv", "*_predictions.json"):
+            for path in output_dir.glob(name):
+                path.unlink()
+        stored = {"finished": False, "options": shaping, "processes": []}
+    write_json(output_dir / _RUN_FILE, stored | {"processes": sorted({*stored["processes"], processes})})
 
 
 def finish(output_dir: Path) -> None:
@@ -92,23 +102,37 @@ def finish(output_dir: Path) -> None:
 
 
 def stored_run(output_dir: Path) -> dict[str, Any] | None:
-    """What `begin` and `finish` noted of the run in `output_dir`: `finished` and `options`; None where no run began."""
+    """What `begin` and `finish` noted of the run in `output_dir`; None where no run began."""
     path = output_dir / _RUN_FILE
     if not path.exists():
         return None
     stored = read_json(path)
-    if not isinstance(stored, dict) or not isinstance(stored.get("options"), dict):
+    kinds = {"options": dict, "finished": bool, "processes": list}
+    if not isinstance(stored, dict) or not all(isinstance(stored.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f"{path}: not a run's own file; delete it, or choose another --output_dir")
     return stored
 
 
-def last_complete_checkpoint(output_dir: Path, processes: int) -> Path | None:
-    """The newest checkpoint that was written to its end; broken ones are passed over with a warning."""
+def last_complete_checkpoint(output_dir: Path, processes: Sequence[int]) -> Path | None:
+    """The newest checkpoint that was written to its end by a run of one of the numbers of `processes`.
+
+    Broken ones are passed over with a warning.
+    """
     for checkpoint in checkpoints(output_dir):
-        if is_complete(checkpoint, processes):
+        if any(is_complete(checkpoint, number) for number in processes):
             return checkpoint
         logger.warning(f"{checkpoint} is incomplete and is passed over")
     return None
+
+
+def relocate_best(checkpoint: Path) -> None:
+    """Let a checkpoint of a run whose folder has moved find the run's best checkpoint beside itself."""
+    path = checkpoint / "trainer_state.json"
+    state = read_json(path)
+    best = state.get("best_model_checkpoint")
+    beside = checkpoint.parent / Path(best or "").name
+    if best and not Path(best).exists() and beside.is_dir():
+        write_json(path, state | {"best_model_checkpoint": str(beside)})
 
 
 def checkpoints(output_dir: Path) -> list[Path]:

@@ -6,6 +6,7 @@ writes the trained model, predictions, n-best lists, `submission.csv` and `all_r
     accelerate launch run_qa.py --model_name_or_path hfl/chinese-macbert-large
 """
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as parquet
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets, load_dataset
+import yaml
+from datasets import Dataset, DatasetDict, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForQuestionAnswering,
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = choose_output_dir(options, arguments)
     dataset = load_splits(options, arguments)
     trained = is_trained(options, arguments, dataset, output_dir)
+    results = known_results(output_dir)
 
     set_seed(arguments.seed)
     tokenizer, model = load_model(output_dir if trained else options.model_name_or_path, options.trust_remote_code)
@@ -57,10 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     features = {step: make_features(step, dataset, options, arguments, tokenizer, layout) for step in arguments.steps}
     trainer = make_trainer(options, arguments, dataset, features, tokenizer, model, layout)
 
-    results = {}
     if "train" in features and not trained:
         shaping = resume.shape(options, arguments, dataset["train"])
-        results |= train(trainer, output_dir, shaping, options.fresh_start)
+        results = train(trainer, output_dir, shaping, options.fresh_start)
     for step in ("eval", "predict"):
         if step in arguments.steps:
             results |= answer(trainer, step, dataset[SPLIT_OF[step]], features[step], output_dir)
@@ -73,6 +76,8 @@ def choose_output_dir(options: RunOptions, arguments: RunArguments) -> Path:
     """`--output_dir`, else `outputs/` and the name of the config (and its member), else of the model."""
     if options.model_name_or_path is None:
         raise UserError("--model_name_or_path is missing: name a model folder or Hub id, e.g. bert-base-chinese")
+    if Path(options.model_name_or_path).is_dir():  # `model/` is `model`
+        options.model_name_or_path = str(Path(options.model_name_or_path))
     named = Path(options.config).stem if options.config else Path(options.model_name_or_path).resolve().name
     if not arguments.output_dir:
         arguments.output_dir = str(Path("outputs", named, options.member or ""))
@@ -118,6 +123,8 @@ def join_for_training(found: DatasetDict, steps: Sequence[str], name: str) -> Da
         raise UserError(f"--train_on_validation needs the splits train and validation; {name} has {', '.join(found)}")
     if "eval" in steps:
         raise UserError("--train_on_validation leaves no questions to evaluate on: drop it or --do_eval")
+    for split in ("train", "validation"):
+        found[split] = check_split(found[split], split, f"{name}, split {split!r}", None)
     rows = found["validation"].map(lambda row: {"id": f"validation-{row['id']}"})  # ids differ within a split
     joined = DatasetDict(found | {"train": concatenate_datasets([found["train"], rows.cast(found["train"].features)])})
     del joined["validation"]
@@ -126,13 +133,16 @@ def join_for_training(found: DatasetDict, steps: Sequence[str], name: str) -> Da
 
 def open_dataset(name: str) -> DatasetDict:
     """The dataset in a folder or on the Hub. Raises UserError if there is none."""
+    if not name:
+        raise UserError("--dataset_name is empty; name a folder of prepare_drcd.py or a Hub id")
     try:
         return load_dataset(name)
-    except (OSError, ValueError, DatasetsError) as error:
-        empty = [path for path in Path(name).glob("**/*.parquet") if parquet.read_metadata(path).num_rows == 0]
-        if empty:
-            raise UserError(f"--dataset_name {name}: {empty[0].relative_to(name)} is empty; prepare it anew") from None
-        reason = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    except (OSError, ValueError, DatasetsError, yaml.YAMLError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
+        for path in Path(name).glob("**/*.parquet"):
+            with contextlib.suppress(ValueError):  # not Parquet: the reason says so
+                if parquet.read_metadata(path).num_rows == 0:
+                    reason = f"{path.relative_to(name)} is empty"
         raise UserError(
             f"--dataset_name {name}: cannot be opened as a dataset: {reason}. Make one with "
             "`python prepare_drcd.py --data_dir FOLDER_OF_THE_COURSE_FILES` or `make data DATA_DIR=...`"
@@ -149,8 +159,13 @@ def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dat
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     if len(rows) == 0:
         raise UserError(f"{where}: is empty")
+    if split == "test" and "answers" in rows.column_names and None in rows["answers"][:]:
+        rows = rows.remove_columns("answers")  # other splits have the column, this one's file does not
+    for row in rows:
+        if reason := unusable(row):
+            raise UserError(f"{where}: question {row['id']!r}: {reason}")
     if rows.features["id"].dtype != "string":
-        rows = rows.cast_column("id", type(rows.features["question"])("string"))
+        rows = rows.cast_column("id", Value("string"))
     if len(set(rows["id"])) < len(rows):
         raise UserError(f"{where}: the same id stands twice; predictions are kept by id, so ids must differ")
     if split == "test":
@@ -164,12 +179,40 @@ def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dat
     return rows
 
 
+def unusable(row: dict[str, Any]) -> str | None:
+    """What is wrong with a row of the SQuAD schema, None if nothing is."""
+    if not isinstance(row["id"], str | int):
+        return "its id must be a text or a whole number"
+    for name in ("question", "context"):
+        if not isinstance(row[name], str):
+            return f"its {name} must be a text, is {str(row[name])[:40]!r}"
+    answers = row.get("answers", {"text": [], "answer_start": []})
+    if not isinstance(answers, dict) or not all(isinstance(answers.get(key), list) for key in ("text", "answer_start")):
+        return "its answers must be an object of two lists, `text` and `answer_start`"
+    if len(answers["text"]) != len(answers["answer_start"]):
+        return "its answers have texts and offsets in different numbers"
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+        whole = isinstance(text, str) and isinstance(start, int) and start >= 0
+        if not whole or not row["context"].startswith(text, start):
+            return f"its answer {str(text)[:40]!r} does not stand at character {start!r} of its context"
+    return None
+
+
 def is_trained(options: RunOptions, arguments: RunArguments, dataset: DatasetDict, output_dir: Path) -> bool:
     """Whether the model to answer with lies in the output folder: this run's, trained to its end."""
     if "train" not in arguments.steps:
         stored = resume.stored_run(output_dir)
-        same_model = stored and stored["options"].get("model_name_or_path") == options.model_name_or_path
-        return bool(same_model and stored["finished"])
+        asked = Path(options.model_name_or_path).resolve()
+        if stored is None or asked.is_relative_to(output_dir.resolve()):
+            return False
+        begun_with = stored["options"].get("model_name_or_path")
+        if begun_with != options.model_name_or_path:
+            raise UserError(f"{output_dir} holds a run of {begun_with}; name another --output_dir for these answers")
+        if not stored["finished"]:
+            raise UserError(
+                f"{output_dir} is not trained to its end: train it first, by the same command without --do_"
+            )
+        return True
     if options.fresh_start:
         return False
     finished = resume.is_finished(output_dir, resume.shape(options, arguments, dataset["train"]))
@@ -189,7 +232,9 @@ def load_model(name: str | Path, trust_remote_code: bool) -> tuple[PreTrainedTok
         model = AutoModelForQuestionAnswering.from_pretrained(
             name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError, HfHubHTTPError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, HfHubHTTPError, SafetensorError),
+    ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}") from None
     if not tokenizer.is_fast:
@@ -211,7 +256,9 @@ def choose_layout(options: RunOptions, tokenizer: PreTrainedTokenizerBase, model
 
     They are noted in the model's config, so that a trained model answers with the windows it was trained on.
     """
-    stored = getattr(model.config, "qa_windows", None) or {}
+    stored = getattr(model.config, "qa_windows", None)
+    if not isinstance(stored, dict) or not all(type(stored.get(name)) is int for name in WINDOW_OPTIONS):
+        stored = {}
     given = {name: getattr(options, name) for name in WINDOW_OPTIONS}
     lengths = {name: stored.get(name, default) if given[name] is None else given[name]
                for name, default in WINDOW_OPTIONS.items()}  # fmt: skip
@@ -303,11 +350,14 @@ def train(
 ) -> dict[str, float]:
     """Train from the start or from the last complete checkpoint, and save the model that the run ends with."""
     if trainer.is_world_process_zero():
-        resume.begin(output_dir, shaping, fresh_start)
+        resume.begin(output_dir, shaping, fresh_start, trainer.args.world_size)
     trainer.accelerator.wait_for_everyone()
-    checkpoint = resume.last_complete_checkpoint(output_dir, trainer.args.world_size)
+    checkpoint = resume.last_complete_checkpoint(output_dir, resume.stored_run(output_dir)["processes"])
     if checkpoint is not None:
         logger.warning(f"resuming from {checkpoint}")
+        if trainer.is_world_process_zero():
+            resume.relocate_best(checkpoint)
+        trainer.accelerator.wait_for_everyone()
     metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     trainer.save_model()
     trainer.save_state()
@@ -360,6 +410,15 @@ def score(examples: Dataset, n_best_size: int, prediction: EvalPrediction) -> di
     return score_texts(texts, [answers["text"] for answers in examples["answers"]])
 
 
+def known_results(output_dir: Path) -> dict[str, Any]:
+    """The figures that `output_dir` holds already. Raises UserError if its `all_results.json` is something else."""
+    path = output_dir / "all_results.json"
+    results = read_json(path) if path.exists() else {}
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: not the figures of a run; delete it, or choose another --output_dir")
+    return results
+
+
 def finish(
     options: RunOptions,
     arguments: RunArguments,
@@ -369,10 +428,7 @@ def finish(
     trainer: QuestionAnsweringTrainer,
 ) -> None:
     """Write `all_results.json` and the model card, and print what was written where, and the scores."""
-    path = output_dir / "all_results.json"
-    known = read_json(path) if path.exists() else {}
-    results = known | results
-    write_json(path, results)
+    write_json(output_dir / "all_results.json", results)
     if "train" in arguments.steps:
         write_card(output_dir, options, arguments, results, trainer.model.config.qa_windows)
     print_summary(output_dir, arguments.steps, results, dataset)

@@ -1,5 +1,6 @@
 """Windows → Trainer → spans: the built-in Trainer, with the span search in its prediction step."""
 
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SaveStrategy
 
+from files import UserError
 from postprocess import best_spans, independent_spans
 from windows import TrainingWindows
 
@@ -55,7 +57,9 @@ class _SaveBetween(TrainerCallback):
     """Saves also where `save_strategy` asks for it when the Trainer itself saves at each evaluation."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.save_between == SaveStrategy.STEPS and state.global_step % args.save_between_steps == 0:
+        steps = args.save_between_steps  # below 1: a share of all steps, as the Trainer has it
+        steps = math.ceil(state.max_steps * steps) if steps < 1 else int(steps)
+        if args.save_between == SaveStrategy.STEPS and state.global_step % steps == 0:
             control.should_save = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
@@ -129,6 +133,11 @@ class QuestionAnsweringTrainer(Trainer):
                 loss, outputs = None, model(**model_inputs)
         if prediction_loss_only:
             return loss, None, None
+        if not (outputs.start_logits.isfinite().all() and outputs.end_logits.isfinite().all()):
+            raise UserError(
+                "the model's logits are not finite: its training has diverged, lower --learning_rate; or they are too "
+                "large for fp16"
+            )
         scores, spans = self.search(
             outputs.start_logits, outputs.end_logits, char_starts, char_ends, self.n_best_size, self.max_answer_length
         )

@@ -264,7 +264,7 @@ class Collator:
     pad_to_multiple_of: int = 1
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-        padding = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        padding = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         lengths = np.array([len(row["input_ids"]) for row in rows])
         width = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         mask = np.arange(width) < lengths[:, None]
@@ -319,8 +319,10 @@ def _answer_tokens(
     """First and last token (inclusive, in the flat arrays) of each row's answer, -1 where the row's window does not
     hold all of it, and whether the question has an answer at all."""
     has_answer = np.array([bool(answer["text"]) for answer in answers])
-    char_start = np.array([answer["answer_start"][0] if answer["text"] else -1 for answer in answers])
-    char_end = char_start + np.array([len(answer["text"][0]) if answer["text"] else 0 for answer in answers])
+    firsts = [(answer["text"][0], answer["answer_start"][0]) if answer["text"] else ("", -1) for answer in answers]
+    # White space at an answer's edge is covered by no token; where there is nothing else, the answer has no place.
+    char_start = np.array([start + len(text) - len(text.lstrip()) for text, start in firsts])
+    char_end = np.array([start + len(text.rstrip()) for text, start in firsts])
     start, end, labelled = char_start[question], char_end[question], has_answer[question]
     begin, stop = paragraphs.bounds[window], paragraphs.bounds[window + 1]
     # Offsets grow within a sequence; a step between sequences makes the flat arrays grow as a whole, so that one binary

@@ -221,7 +221,34 @@ def test_a_broken_nbest_file_is_named(tmp_path, capsys, content, message):
 def test_a_folder_without_nbest_files_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(tmp_path)])
-    assert "no *_nbest_predictions.json" in capsys.readouterr().err
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_scoring_a_run_again_keeps_its_other_figures(tmp_path, capsys):
+    import datasets
+
+    one = member(tmp_path, "one", [(0, 1)], [1.0])
+    (tmp_path / "one" / "all_results.json").write_text('{"train_loss": 1.5}')
+    rows = {"id": ["0"], "question": ["q"], "context": ["甲乙丙丁"], "answers": [{"text": ["甲"], "answer_start": [0]}]}
+    (tmp_path / "data").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "validation.parquet")
+    main([one, "--dataset_name", str(tmp_path / "data")])
+    assert json.loads((tmp_path / "one" / "all_results.json").read_text()) == {
+        "train_loss": 1.5,
+        "eval_exact_match": 1.0,
+        "eval_f1": 1.0,
+    }
+    with pytest.raises(SystemExit):
+        main([one, "--dataset_name", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out")])
+    assert "no labelled validation split" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_split_that_not_all_runs_answered_is_left_out(tmp_path, capsys):
+    one, two = (member(tmp_path, name, [(0, 1)], [1.0]) for name in ("one", "two"))
+    (tmp_path / "two" / "eval_nbest_predictions.json").unlink()
+    main([one, two, "--output_dir", str(tmp_path / "out")])
+    assert "left out the eval split" in capsys.readouterr().err
+    assert not (tmp_path / "out/eval_predictions.json").exists() and (tmp_path / "out/submission.csv").exists()
 
 
 def member(folder, name, spans, probabilities):
@@ -254,7 +281,9 @@ def test_an_ensemble_is_the_weighted_mean_of_probabilities(tmp_path):
 
 def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys):
     one = member(tmp_path, "one", [(0, 1)], [1.0])
+    two = member(tmp_path, "two", [(0, 1)], [1.0])
     other = tmp_path / "other"
+    write_answers(other, "test", ["0"], [[]])
     write_answers(other, "eval", ["1"], [[]])
     write_answers(
         tmp_path / "text", "eval", ["0"], [[{"text": "x", "start": 0, "end": 1, "score": 0, "probability": 1}]]
@@ -263,16 +292,17 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path, capsys):
     for runs, message in (
         ([one, str(other)], "question '0' is in only one of"),
         ([one, str(tmp_path / "text")], "characters 0 to 1 are 'x', elsewhere '甲'"),
-        ([one, str(tmp_path / "none")], "not there"),
-        ([one, one, "--weights", "1"], "--weights has 1 values for 2 runs"),
-        ([one, one, "--weights", "1", "nan"], "--weights must be numbers from 0 on"),
+        ([one, str(tmp_path / "none")], "none/test_nbest_predictions.json: there is no such file"),
+        ([one, one], "the same run stands twice"),
+        ([one, two, "--weights", "1"], "--weights has 1 values for 2 runs"),
+        ([one, two, "--weights", "1", "nan"], "--weights must be numbers from 0 on"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([*runs, "--output_dir", str(tmp_path / "out")])
         assert stop.value.code == 2 and message in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit):
-        main([one, one])
+        main([one, two])
     assert "--output_dir is missing" in capsys.readouterr().err
 
 

@@ -250,14 +250,14 @@ def test_killed_in_training_it_ends_where_it_would_have(place, trained, tmp_path
 def test_a_broken_checkpoint_is_passed_over(trained, tmp_path, caplog, name, damage):
     for step in (3, 6):
         shutil.copytree(trained / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
-    assert resume.last_complete_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-6"
-    assert resume.last_complete_checkpoint(tmp_path, 2) is None  # of a run of one process
+    assert resume.last_complete_checkpoint(tmp_path, [1, 2]) == tmp_path / "checkpoint-6"
+    assert resume.last_complete_checkpoint(tmp_path, [2]) is None  # these were written by one process
     path = tmp_path / "checkpoint-6" / name
     content = path.read_bytes()
     path.unlink()
     if damage != "missing":
         path.write_bytes(content[: len(content) - 9] if damage == "cut" else b"")
-    assert resume.last_complete_checkpoint(tmp_path, 1) == tmp_path / "checkpoint-3"
+    assert resume.last_complete_checkpoint(tmp_path, [1]) == tmp_path / "checkpoint-3"
 
 
 def test_a_finished_run_is_not_trained_again(place, trained, tmp_path, capsys):
@@ -355,6 +355,17 @@ def broken_dataset(place, tmp_path, split, change):
     return data
 
 
+def with_answers(values):
+    """A change of a table: the same few answers in every row."""
+    import pyarrow as pa
+
+    def change(table):
+        column = pa.array(values * len(table))
+        return table.set_column(table.schema.get_field_index("answers"), "answers", column)
+
+    return change
+
+
 REFUSED = {
     "unknown option": (["--doc_strid", "9"], "unknown option '--doc_strid'; did you mean '--doc_stride'?"),
     "abbreviated option": (["--doc_s", "9"], "unknown option '--doc_s'; did you mean '--doc_stride'?"),
@@ -368,6 +379,12 @@ REFUSED = {
     "stride not positive": ([*WINDOWS[:4], "--doc_stride", "0"], "--doc_stride is 0, must lie between 1 and 45"),
     "no room": ([*WINDOWS[:2], "--max_question_length", "61"], "--max_question_length 61 leaves no room"),
     "longer than the model": (["--max_seq_length", "129"], "--max_seq_length is 129, the model takes at most 128"),
+    "no batch": (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0, must be at least 1"),
+    "no rate": (["--learning_rate", "nan"], "--learning_rate is nan, must be at least 0"),
+    "no such metric": (["--metric_for_best_model", "em"], "--metric_for_best_model is 'em', must be one of"),
+    "no answers": (["--dataloader_drop_last", "true"], "--dataloader_drop_last would leave questions without"),
+    "no step": (["--save_strategy", "steps", "--save_steps", "0"], "--save_steps is 0.0, must be above 0"),
+    "NUL": (["--dataset_name", "a\0b"], "an option holds a NUL character"),
     "no such config": (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
 }
 
@@ -389,6 +406,8 @@ def test_bad_options_get_one_line_and_exit_code_2(place, tmp_path, capsys, case)
         ("train", lambda table: table.slice(0, 0), [], "train.parquet is empty"),
         ("validation", lambda table: table.drop_columns(["context"]), [], "lacks the column 'context'"),
         ("test", lambda table: table.take([0, 0]), [], "the same id stands twice"),
+        ("validation", with_answers([{"text": ["zz"], "answer_start": [0]}]), [], "'zz' does not stand at character 0"),
+        ("train", with_answers([{"text": ["a", "b"], "answer_start": [0]}]), [], "in different numbers"),
         ("validation", None, ["--do_eval"], "--do_eval needs the split 'validation'"),
     ],
 )
@@ -405,6 +424,28 @@ def test_bad_datasets_are_refused(place, tmp_path, capsys, split, change, more, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"answers": "a"}, "answers must be an object of two lists"),
+        ({"answers": [{"text": "a", "answer_start": 0}]}, "answers must be an object of two lists"),
+        ({"answers": {"text": "a", "answer_start": 0}}, "answers must be an object of two lists"),
+        ({"answers": {"text": ["a"]}}, "answers must be an object of two lists"),
+        ({"answers": {"text": ["a"], "answer_start": [None]}}, "does not stand at character None"),
+        ({"answers": {"text": [None], "answer_start": [0]}}, "'None' does not stand"),
+        ({"answers": {"text": ["a"], "answer_start": [-3]}}, "does not stand at character -3"),
+        ({"question": 3}, "its question must be a text"),
+        ({"context": ["x"]}, "its context must be a text"),
+        ({"id": [1]}, "its id must be a text or a whole number"),
+        ({}, None),
+    ],
+)
+def test_rows_that_are_not_of_the_squad_schema(change, message):
+    row = {"id": 1, "question": "q", "context": "abc", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}}
+    reason = run_qa.unusable(row | change)
+    assert reason is None if message is None else message in reason
+
+
 def test_a_model_without_a_usable_tokenizer_is_refused(place, tmp_path, capsys):
     bare, slow = tmp_path / "bare", tmp_path / "slow"
     AutoModelForQuestionAnswering.from_pretrained(place / "model").save_pretrained(bare)
@@ -416,6 +457,66 @@ def test_a_model_without_a_usable_tokenizer_is_refused(place, tmp_path, capsys):
         assert stop.value.code == 2
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and str(folder) in error and message in error
+
+
+def test_an_unfinished_run_or_another_models_does_not_answer(place, trained, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    (out / "run.json").write_text((out / "run.json").read_text().replace('"finished": true', '"finished": false'))
+    shutil.copytree(place / "model", tmp_path / "other")
+    for model, message in ((place / "model", "is not trained to its end"), (tmp_path / "other", "holds a run of")):
+        with pytest.raises(SystemExit):
+            run(*options_of(place, out, "--do_predict", model=model))
+        assert message in capsys.readouterr().err
+    assert nbest_of(out) == nbest_of(trained)
+    run(*options_of(place, trained, "--do_predict", model=f"{place / 'model'}/"))  # another spelling of the same
+    assert nbest_of(out) == nbest_of(trained)
+
+
+def test_a_fresh_start_keeps_no_figure_of_the_run_before(place, trained, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    run(*options_of(place, out, *WINDOWS, "--fresh_start", "--max_steps", "2", "--do_train", "--eval_strategy", "no"))
+    assert not [name for name in json.loads((out / "all_results.json").read_text()) if name.startswith("eval")]
+    assert "exact_match" not in (out / "README.md").read_text(encoding="utf-8")
+    assert not list(out.glob("*predictions.json")) and not (out / "submission.csv").exists()
+
+
+def test_logits_that_are_not_finite_are_no_answers(place, tmp_path, capsys):
+    model = AutoModelForQuestionAnswering.from_pretrained(place / "model")
+    torch.nn.init.constant_(model.qa_outputs.bias, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(tmp_path / "nan")
+    with pytest.raises(SystemExit):
+        run(*options_of(place, tmp_path / "out", "--do_predict", model=tmp_path / "nan"))
+    assert "logits are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "submission.csv").exists()
+
+
+def test_a_moved_run_still_finds_its_best_checkpoint(trained, tmp_path):
+    out = tmp_path / "moved"
+    shutil.copytree(trained, out)
+    state = json.loads((out / "checkpoint-16/trainer_state.json").read_text())
+    name = Path(state["best_model_checkpoint"]).name
+    state["best_model_checkpoint"] = f"elsewhere/{name}"
+    (out / "checkpoint-16/trainer_state.json").write_text(json.dumps(state))
+    resume.relocate_best(out / "checkpoint-16")
+    state = json.loads((out / "checkpoint-16/trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(out / name)
+
+
+def test_a_share_of_all_steps_may_say_when_to_save(place, tmp_path):
+    out = tmp_path / "out"
+    steps = ["--max_steps", "8", "--save_strategy", "steps", "--save_steps", "0.25", "--do_train"]
+    run(*options_of(place, out, *SHORT[:-2], "--save_total_limit", "9", *steps))
+    assert {path.name for path in resume.checkpoints(out)} == {f"checkpoint-{step}" for step in (2, 4, 6, 8)}
+
+
+def test_a_test_split_without_answers_beside_splits_with_them(place, tmp_path):
+    data = broken_dataset(place, tmp_path, "test", lambda table: table.drop_columns(["answers"]))
+    out = tmp_path / "out"
+    run("--model_name_or_path", place / "model", "--dataset_name", data, "--output_dir", out, "--do_predict", *WINDOWS)
+    assert len(nbest_of(out)) == 20
 
 
 def test_as_a_process_bad_input_is_one_line_without_a_traceback(place, tmp_path):
