@@ -93,7 +93,10 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         self.steps = [step for step in ("train", "eval", "predict") if getattr(self, f"do_{step}")]
         self._refuse()
-        self.remove_unused_columns = False
+        self.remove_unused_columns = self.batch_eval_metrics = (
+            False  # the search needs every column, the score all rows
+        )
+        self.eval_do_concat_batches = True
         self.output_dir = self.output_dir or ""  # None would become the Trainer's own "trainer_output"
         if self.use_cpu or not torch.accelerator.is_available():
             self.use_cpu = True  # without it, the processes of a `torchrun` on CPUs do not know of each other
@@ -122,15 +125,8 @@ class RunArguments(TrainingArguments):
         scores = ("exact_match", "f1", "loss")
         if (self.metric_for_best_model or "loss").removeprefix("eval_") not in scores:
             raise ValueError(f"--metric_for_best_model is {self.metric_for_best_model!r}, must be one of {scores}")
-        if self.dataloader_drop_last:
-            raise ValueError("--dataloader_drop_last would leave questions without an answer: drop it")
-        if self.prediction_loss_only or self.batch_eval_metrics or not self.eval_do_concat_batches:
-            raise ValueError(
-                "--prediction_loss_only, --batch_eval_metrics and --eval_do_concat_batches false leave no answers to "
-                "score: drop them"
-            )
-        if self.resume_from_checkpoint is not None:
-            raise ValueError("--resume_from_checkpoint: a run goes on by itself from its last complete checkpoint")
+        if self.prediction_loss_only:
+            raise ValueError("--prediction_loss_only leaves no answers to score: drop it")
 
     def without_evaluation(self) -> None:
         """Settle for a run that cannot evaluate in training: no best model, the last one is kept."""

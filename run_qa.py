@@ -352,7 +352,12 @@ def train(
     if trainer.is_world_process_zero():
         resume.begin(output_dir, shaping, fresh_start, trainer.args.world_size)
     trainer.accelerator.wait_for_everyone()
-    checkpoint = resume.last_complete_checkpoint(output_dir, resume.stored_run(output_dir)["processes"])
+    processes = resume.stored_run(output_dir)["processes"]
+    checkpoint = resume.last_complete_checkpoint(output_dir, processes)
+    if trainer.args.resume_from_checkpoint is not None:
+        checkpoint = Path(trainer.args.resume_from_checkpoint)
+        if not any(resume.is_complete(checkpoint, number) for number in processes):
+            raise UserError(f"--resume_from_checkpoint {checkpoint}: not a complete checkpoint of such a run")
     if checkpoint is not None:
         logger.warning(f"resuming from {checkpoint}")
         if trainer.is_world_process_zero():

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import SaveStrategy
@@ -94,6 +94,14 @@ class QuestionAnsweringTrainer(Trainer):
         self._counts = torch.zeros(2, dtype=torch.long, device=self.args.device)  # rows with both ends right, rows
         self._counted_since = time.perf_counter()
         self.add_callback(_SaveBetween)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        wanted = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = wanted and is_training  # every question needs its answer
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = wanted
 
     def _get_train_sampler(self, train_dataset: TrainingWindows | None = None) -> EpochSampler:
         data = self.train_dataset if train_dataset is None else train_dataset

@@ -183,6 +183,7 @@ def test_batch_size_padding_and_sampler_change_no_answer(place, trained, tmp_pat
             ["--per_device_eval_batch_size", "1"],
             ["--per_device_eval_batch_size", "7", "--train_sampling_strategy", "group_by_length"],
             ["--preprocessing_num_workers", "2", "--dataloader_num_workers", "1"],
+            ["--dataloader_drop_last", "true", "--eval_do_concat_batches", "false", "--batch_eval_metrics", "true"],
         ]
     ):
         out = tmp_path / str(number)
@@ -241,6 +242,16 @@ def test_killed_in_training_it_ends_where_it_would_have(place, trained, tmp_path
     run(*command, "--logging_steps", "1")
     assert same_weights(weights(trained), weights(tmp_path))
     assert nbest_of(trained) == nbest_of(tmp_path)
+
+
+def test_a_checkpoint_may_be_named_to_go_on_from(place, trained, tmp_path, capsys):
+    command = options_of(place, tmp_path / "out", *SHORT, "--save_strategy", "steps", "--save_steps", "3", "--do_train")
+    run(*command, "--resume_from_checkpoint", trained / "checkpoint-9")
+    assert same_weights(weights(trained / "checkpoint-16"), weights(tmp_path / "out/checkpoint-16"))
+    assert not (tmp_path / "out/checkpoint-9").exists()
+    with pytest.raises(SystemExit):
+        run(*options_of(place, tmp_path / "new", *SHORT), "--resume_from_checkpoint", tmp_path / "nowhere")
+    assert "not a complete checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -382,7 +393,7 @@ REFUSED = {
     "no batch": (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size is 0, must be at least 1"),
     "no rate": (["--learning_rate", "nan"], "--learning_rate is nan, must be at least 0"),
     "no such metric": (["--metric_for_best_model", "em"], "--metric_for_best_model is 'em', must be one of"),
-    "no answers": (["--dataloader_drop_last", "true"], "--dataloader_drop_last would leave questions without"),
+    "no answers": (["--prediction_loss_only", "true"], "--prediction_loss_only leaves no answers to score"),
     "no step": (["--save_strategy", "steps", "--save_steps", "0"], "--save_steps is 0.0, must be above 0"),
     "NUL": (["--dataset_name", "a\0b"], "an option holds a NUL character"),
     "no such config": (["--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
