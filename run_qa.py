@@ -136,6 +136,8 @@ def open_dataset(name: str) -> DatasetDict:
     if not name:
         raise UserError("--dataset_name is empty; name a folder of prepare_drcd.py or a Hub id")
     try:
+        # The default is a folder, never the Hub's repository of that name.
+        refuse_missing_folder(name, name == RunOptions.dataset_name)
         return load_dataset(name)
     except (OSError, ValueError, DatasetsError, yaml.YAMLError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
@@ -147,6 +149,12 @@ def open_dataset(name: str) -> DatasetDict:
             f"--dataset_name {name}: cannot be opened as a dataset: {reason}. Make one with "
             "`python prepare_drcd.py --data_dir FOLDER_OF_THE_COURSE_FILES` or `make data DATA_DIR=...`"
         ) from None
+
+
+def refuse_missing_folder(name: str, is_folder: bool = False) -> None:
+    """Raise FileNotFoundError for what can only be a folder, by its spelling or `is_folder`, and is not there."""
+    if (is_folder or name.startswith((".", "/", "~"))) and not Path(name).is_dir():
+        raise FileNotFoundError("there is no such folder")
 
 
 def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dataset:
@@ -227,6 +235,7 @@ def load_model(name: str | Path, trust_remote_code: bool) -> tuple[PreTrainedTok
     Raises UserError if they cannot be had, or if the tokenizer is slow and so knows no character offsets.
     """
     try:
+        refuse_missing_folder(str(name))
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=trust_remote_code)
         model = AutoModelForQuestionAnswering.from_pretrained(

@@ -534,5 +534,13 @@ def test_as_a_process_bad_input_is_one_line_without_a_traceback(place, tmp_path)
     process = run_process("--model_name_or_path", place / "model", "--dataset_name", tmp_path / "none", cwd=tmp_path)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "Traceback" not in output and "cannot be opened as a dataset" in output
+    assert "Traceback" not in output and "cannot be opened as a dataset: there is no such folder" in output
     assert os.listdir(tmp_path) == []
+
+
+def test_the_default_dataset_is_never_sought_on_the_hub(place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_qa, "load_dataset", lambda name: pytest.fail(f"opened {name}"))
+    with pytest.raises(SystemExit):
+        run("--model_name_or_path", place / "model")
+    assert "--dataset_name data/drcd: cannot be opened as a dataset: there is no such folder" in capsys.readouterr().err
