@@ -93,9 +93,8 @@ class RunArguments(TrainingArguments):
     def __post_init__(self):
         self.steps = [step for step in ("train", "eval", "predict") if getattr(self, f"do_{step}")]
         self._refuse()
-        self.remove_unused_columns = self.batch_eval_metrics = (
-            False  # the search needs every column, the score all rows
-        )
+        # The search needs every column, the score all rows at once.
+        self.remove_unused_columns = self.batch_eval_metrics = False
         self.eval_do_concat_batches = True
         self.output_dir = self.output_dir or ""  # None would become the Trainer's own "trainer_output"
         if self.use_cpu or not torch.accelerator.is_available():

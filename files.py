@@ -17,6 +17,11 @@ class UserError(Exception):
     """
 
 
+def printable(text: str) -> str:
+    r"""`text` as UTF-8 can hold it: halves of surrogate pairs, from JSON or a file name, become `\udcff`."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, a byte-order mark dropped. Raises UserError if it is missing or not UTF-8."""
     try:

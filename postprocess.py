@@ -19,9 +19,9 @@ import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
 
-from files import UserError, read_json, replacing_file, write_json
+from files import UserError, printable, read_json, replacing_file, write_json
 from options import Parser, command
-from scoring import score_texts
+from scoring import read_results, score_texts
 
 MISSING = -1  # the character offset of a candidate that is not there
 BRACKETS = dict(["「」", "『』", "《》", "〈〉", "（）", "()", "【】", "“”"])
@@ -326,9 +326,8 @@ def score_and_note(output_dir: Path, references: dict[str, list[str]], nbest: di
     """Score the answers by references, print the score and note it in `all_results.json`, beside what stands there."""
     texts = [choose(candidate["text"] for candidate in candidates) for candidates in nbest.values()]
     scores = score_texts(texts, [references[id_] for id_ in nbest])
-    path = output_dir / "all_results.json"
-    known = read_json(path) if path.exists() else {}
-    write_json(path, known | {f"eval_{name}": value for name, value in scores.items()})
+    figures = {f"eval_{name}": value for name, value in scores.items()}
+    write_json(output_dir / "all_results.json", read_results(output_dir) | figures)
     print(f"validation: exact match {scores['exact_match']:.5f}, F1 {scores['f1']:.5f}")
 
 
@@ -343,7 +342,7 @@ def read_nbest(path: Path) -> dict[str, list[dict]]:
     if not isinstance(nbest, dict):
         raise UserError(f"{path}: must hold one object of question ids, holds a {type(nbest).__name__}")
     for id_, candidates in nbest.items():
-        if not isinstance(candidates, list) or not all(map(_is_candidate, candidates)) or not _is_unicode(id_):
+        if not isinstance(candidates, list) or not all(map(_is_candidate, candidates)) or printable(id_) != id_:
             raise UserError(
                 f"{path}: question {id_!r}: must be a list of candidates with text, start, end, score and probability"
             )
@@ -354,17 +353,12 @@ def _is_candidate(value: object) -> bool:
     return (
         isinstance(value, dict)
         and isinstance(value.get("text"), str)
-        and _is_unicode(value["text"])
+        and printable(value["text"]) == value["text"]  # JSON may hold halves of surrogate pairs, which no file takes
         and all(type(value.get(name)) is int and value[name] >= 0 for name in ("start", "end"))
         and all(type(value.get(name)) in (int, float) for name in ("score", "probability"))
         and abs(value["score"]) < 1e38  # float32; not NaN
         and 0 <= value["probability"] <= 1
     )
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be written: JSON may hold halves of surrogate pairs."""
-    return not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def _stable_top(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from datasets import Features, List, Value
 from huggingface_hub import HfApi
 
-from files import UserError, read_json, replacing_folder
+from files import UserError, printable, read_json, replacing_folder
 from options import command, parse_options
 
 COURSE_FILES = {"train": "hw7_train.json", "validation": "hw7_dev.json", "test": "hw7_test.json"}
@@ -293,11 +293,6 @@ def checked(raw: Any, key: str, *kinds: type) -> Any:
     if type(value) is str and printable(value) != value:  # Parquet and tokenizers take UTF-8 only
         raise BadRecord(f"{key!r} is not valid Unicode (half a surrogate pair): {excerpt(value)}")
     return value
-
-
-def printable(text: str) -> str:
-    r"""`text` as UTF-8 can hold it: halves of surrogate pairs, from JSON or a file name, become `\udcff`."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def excerpt(value: Any) -> str:

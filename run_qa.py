@@ -37,7 +37,7 @@ from card import write_card
 from files import UserError, read_json, write_json
 from options import command, parse_options
 from postprocess import Candidates, best_texts, merge_windows, nbest_lists, write_answers
-from scoring import breakdown, breakdown_table, score_texts
+from scoring import breakdown, breakdown_table, read_results, score_texts
 from trainer import QuestionAnsweringTrainer
 from windows import Collator, Layout, TrainingWindows, build_features, make_layout
 
@@ -52,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     options, arguments = parse_options((RunOptions, RunArguments), argv, __doc__)
     output_dir = choose_output_dir(options, arguments)
     dataset = load_splits(options, arguments)
-    trained = is_trained(options, arguments, dataset, output_dir)
-    results = known_results(output_dir)
+    shaping = resume.shape(options, arguments, dataset["train"]) if "train" in arguments.steps else None
+    trained = is_trained(options, shaping, output_dir)
+    results = read_results(output_dir)
 
     set_seed(arguments.seed)
     tokenizer, model = load_model(output_dir if trained else options.model_name_or_path, options.trust_remote_code)
@@ -62,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = make_trainer(options, arguments, dataset, features, tokenizer, model, layout)
 
     if "train" in features and not trained:
-        shaping = resume.shape(options, arguments, dataset["train"])
         results = train(trainer, output_dir, shaping, options.fresh_start)
     for step in ("eval", "predict"):
         if step in arguments.steps:
@@ -206,9 +206,13 @@ def unusable(row: dict[str, Any]) -> str | None:
     return None
 
 
-def is_trained(options: RunOptions, arguments: RunArguments, dataset: DatasetDict, output_dir: Path) -> bool:
-    """Whether the model to answer with lies in the output folder: this run's, trained to its end."""
-    if "train" not in arguments.steps:
+def is_trained(options: RunOptions, shaping: dict[str, Any] | None, output_dir: Path) -> bool:
+    """Whether the model to answer with lies in the output folder: this run's, trained to its end.
+
+    `shaping` is the `resume.shape` of a run that trains, None for one that does not. Raises UserError if the folder is
+    another run's.
+    """
+    if shaping is None:
         stored = resume.stored_run(output_dir)
         asked = Path(options.model_name_or_path).resolve()
         if stored is None or asked.is_relative_to(output_dir.resolve()):
@@ -223,7 +227,7 @@ def is_trained(options: RunOptions, arguments: RunArguments, dataset: DatasetDic
         return True
     if options.fresh_start:
         return False
-    finished = resume.is_finished(output_dir, resume.shape(options, arguments, dataset["train"]))
+    finished = resume.is_finished(output_dir, shaping)
     if finished:
         logger.warning(f"{output_dir} is trained already and is not trained again (--fresh_start would)")
     return finished
@@ -422,15 +426,6 @@ def score(examples: Dataset, n_best_size: int, prediction: EvalPrediction) -> di
     candidates = merge(examples, n_best_size, prediction.predictions)
     texts = best_texts(candidates, examples["context"][:])
     return score_texts(texts, [answers["text"] for answers in examples["answers"]])
-
-
-def known_results(output_dir: Path) -> dict[str, Any]:
-    """The figures that `output_dir` holds already. Raises UserError if its `all_results.json` is something else."""
-    path = output_dir / "all_results.json"
-    results = read_json(path) if path.exists() else {}
-    if not isinstance(results, dict):
-        raise UserError(f"{path}: not the figures of a run; delete it, or choose another --output_dir")
-    return results
 
 
 def finish(

@@ -4,12 +4,14 @@ import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import evaluate
 import numpy as np
 import pandas as pd
 from datasets import Dataset
 
+from files import UserError, read_json
 from metrics.drcd.drcd import character_f1, exact_match
 
 Breakdown = dict[str, dict[str, dict[str, float]]]
@@ -38,6 +40,15 @@ def score_texts(texts: Sequence[str], references: Sequence[Sequence[str]]) -> di
     return metric.compute(
         predictions=[text for text, _ in labelled], references=[list(answers) for _, answers in labelled]
     )
+
+
+def read_results(output_dir: Path) -> dict[str, Any]:
+    """The figures that `output_dir` holds already. Raises UserError if its `all_results.json` is something else."""
+    path = output_dir / "all_results.json"
+    results = read_json(path) if path.exists() else {}
+    if not isinstance(results, dict):
+        raise UserError(f"{path}: not the figures of a run; delete it, or choose another --output_dir")
+    return results
 
 
 def breakdown(examples: Dataset, texts: Sequence[str], windows: np.ndarray, whole: np.ndarray) -> Breakdown:
