@@ -45,6 +45,12 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not usable JSON: {error}") from None
 
 
+def refuse_missing_folder(name: str, is_folder: bool = False) -> None:
+    """Raise FileNotFoundError for what can only be a folder, by its spelling or `is_folder`, and is not there."""
+    if (is_folder or name.startswith((".", "/", "~"))) and not Path(name).is_dir():
+        raise FileNotFoundError("there is no such folder")
+
+
 @contextmanager
 def replacing_file(path: str | Path, newline: str | None = None) -> Iterator[TextIO]:
     """A text file to write; `path` is replaced by it in one step when the block ends without an error.

@@ -6,24 +6,14 @@ writes the trained model, predictions, n-best lists, `submission.csv` and `all_r
     accelerate launch run_qa.py --model_name_or_path hfl/chinese-macbert-large
 """
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as parquet
-import torch
-import yaml
-from datasets import Dataset, DatasetDict, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
+from datasets import Dataset, DatasetDict
 from transformers import (
-    AutoConfig,
-    AutoModelForQuestionAnswering,
-    AutoTokenizer,
     EvalPrediction,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,16 +25,15 @@ import resume
 from arguments import RunArguments, RunOptions
 from card import write_card
 from files import UserError, read_json, write_json
+from model import choose_layout, load_model
 from options import command, parse_options
 from postprocess import Candidates, best_texts, merge_windows, nbest_lists, write_answers
 from scoring import breakdown, breakdown_table, read_results, score_texts
+from splits import SPLIT_OF, load_splits
 from trainer import QuestionAnsweringTrainer
-from windows import Collator, Layout, TrainingWindows, build_features, make_layout
+from windows import Collator, Layout, TrainingWindows, build_features
 
 logger = logging.get_logger("run_qa")
-
-SPLIT_OF = {"train": "train", "eval": "validation", "predict": "test"}
-WINDOW_OPTIONS = {"max_seq_length": 512, "max_question_length": 64, "doc_stride": None}
 
 
 @command
@@ -58,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     set_seed(arguments.seed)
     tokenizer, model = load_model(output_dir if trained else options.model_name_or_path, options.trust_remote_code)
-    layout = choose_layout(options, tokenizer, model)
+    layout = choose_layout(tokenizer, model, options.max_seq_length, options.max_question_length, options.doc_stride)
     features = {step: make_features(step, dataset, options, arguments, tokenizer, layout) for step in arguments.steps}
     trainer = make_trainer(options, arguments, dataset, features, tokenizer, model, layout)
 
@@ -82,128 +71,6 @@ def choose_output_dir(options: RunOptions, arguments: RunArguments) -> Path:
     if not arguments.output_dir:
         arguments.output_dir = str(Path("outputs", named, options.member or ""))
     return Path(arguments.output_dir)
-
-
-def load_splits(options: RunOptions, arguments: RunArguments) -> DatasetDict:
-    """The splits of the steps asked for, or of all steps whose split exists; `arguments.steps` is set to them.
-
-    Raises UserError for a dataset that cannot be opened and for a split that is missing, empty, lacks a column, has no
-    labels where it needs them, or holds an id twice.
-    """
-    name = options.dataset_name
-    found = open_dataset(name)
-    if options.train_on_validation:
-        found = join_for_training(found, arguments.steps, name)
-    missing = [step for step in arguments.steps if SPLIT_OF[step] not in found]
-    if missing:
-        raise UserError(
-            f"--do_{missing[0]} needs the split {SPLIT_OF[missing[0]]!r}; {name} has only {', '.join(found) or 'none'}"
-        )
-    arguments.steps = arguments.steps or [step for step, split in SPLIT_OF.items() if split in found]
-    if not arguments.steps:
-        raise UserError(f"{name} has none of the splits train, validation, test; it has {', '.join(found) or 'none'}")
-    limits = [options.max_train_samples, options.max_eval_samples, options.max_predict_samples]
-    splits = DatasetDict()
-    for (step, split), limit in zip(SPLIT_OF.items(), limits, strict=True):
-        # Training is scored on the validation split as it goes, also when no evaluation is asked for afterwards.
-        in_training = step == "eval" and "train" in arguments.steps and arguments.eval_strategy != "no"
-        if step in arguments.steps or (in_training and split in found):
-            splits[split] = check_split(found[split], split, f"{name}, split {split!r}", limit)
-    if "train" not in arguments.steps or "validation" not in splits:
-        arguments.without_evaluation()
-    return splits
-
-
-def join_for_training(found: DatasetDict, steps: Sequence[str], name: str) -> DatasetDict:
-    """The dataset with train and validation as one train split, and so nothing left to evaluate on.
-
-    Raises UserError if one of the two is missing, or if `steps`, the steps asked for, hold the evaluation.
-    """
-    if not {"train", "validation"} <= set(found):
-        raise UserError(f"--train_on_validation needs the splits train and validation; {name} has {', '.join(found)}")
-    if "eval" in steps:
-        raise UserError("--train_on_validation leaves no questions to evaluate on: drop it or --do_eval")
-    for split in ("train", "validation"):
-        found[split] = check_split(found[split], split, f"{name}, split {split!r}", None)
-    rows = found["validation"].map(lambda row: {"id": f"validation-{row['id']}"})  # ids differ within a split
-    joined = DatasetDict(found | {"train": concatenate_datasets([found["train"], rows.cast(found["train"].features)])})
-    del joined["validation"]
-    return joined
-
-
-def open_dataset(name: str) -> DatasetDict:
-    """The dataset in a folder or on the Hub. Raises UserError if there is none."""
-    if not name:
-        raise UserError("--dataset_name is empty; name a folder of prepare_drcd.py or a Hub id")
-    try:
-        # The default is a folder, never the Hub's repository of that name.
-        refuse_missing_folder(name, name == RunOptions.dataset_name)
-        return load_dataset(name)
-    except (OSError, ValueError, DatasetsError, yaml.YAMLError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
-        for path in Path(name).glob("**/*.parquet"):
-            with contextlib.suppress(ValueError):  # not Parquet: the reason says so
-                if parquet.read_metadata(path).num_rows == 0:
-                    reason = f"{path.relative_to(name)} is empty"
-        raise UserError(
-            f"--dataset_name {name}: cannot be opened as a dataset: {reason}. Make one with "
-            "`python prepare_drcd.py --data_dir FOLDER_OF_THE_COURSE_FILES` or `make data DATA_DIR=...`"
-        ) from None
-
-
-def refuse_missing_folder(name: str, is_folder: bool = False) -> None:
-    """Raise FileNotFoundError for what can only be a folder, by its spelling or `is_folder`, and is not there."""
-    if (is_folder or name.startswith((".", "/", "~"))) and not Path(name).is_dir():
-        raise FileNotFoundError("there is no such folder")
-
-
-def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dataset:
-    """The split with string ids, at most `limit` rows, and for training only the questions with an answer."""
-    needed = ["id", "question", "context", *(["answers"] if split != "test" else [])]
-    # A column that one of several splits lacks is opened as one of nothing but None.
-    lacking = [name for name in needed if name not in rows.column_names or (len(rows) and None in rows[name][:])]
-    if lacking:
-        raise UserError(f"{where}: lacks the column {lacking[0]!r}, or a value in it; needed are {', '.join(needed)}")
-    rows = rows.select(range(min(limit or len(rows), len(rows))))
-    if len(rows) == 0:
-        raise UserError(f"{where}: is empty")
-    if split == "test" and "answers" in rows.column_names and None in rows["answers"][:]:
-        rows = rows.remove_columns("answers")  # other splits have the column, this one's file does not
-    for row in rows:
-        if reason := unusable(row):
-            raise UserError(f"{where}: question {row['id']!r}: {reason}")
-    if rows.features["id"].dtype != "string":
-        rows = rows.cast_column("id", Value("string"))
-    if len(set(rows["id"])) < len(rows):
-        raise UserError(f"{where}: the same id stands twice; predictions are kept by id, so ids must differ")
-    if split == "test":
-        return rows
-    labelled = [number for number, answers in enumerate(rows["answers"]) if answers["text"]]
-    if not labelled:
-        raise UserError(f"{where}: no question has an answer, there is nothing to learn or to score")
-    if split == "train" and len(labelled) < len(rows):
-        logger.warning(f"{where}: {len(rows) - len(labelled)} questions without an answer are left out of training")
-        rows = rows.select(labelled)
-    return rows
-
-
-def unusable(row: dict[str, Any]) -> str | None:
-    """What is wrong with a row of the SQuAD schema, None if nothing is."""
-    if not isinstance(row["id"], str | int):
-        return "its id must be a text or a whole number"
-    for name in ("question", "context"):
-        if not isinstance(row[name], str):
-            return f"its {name} must be a text, is {str(row[name])[:40]!r}"
-    answers = row.get("answers", {"text": [], "answer_start": []})
-    if not isinstance(answers, dict) or not all(isinstance(answers.get(key), list) for key in ("text", "answer_start")):
-        return "its answers must be an object of two lists, `text` and `answer_start`"
-    if len(answers["text"]) != len(answers["answer_start"]):
-        return "its answers have texts and offsets in different numbers"
-    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
-        whole = isinstance(text, str) and isinstance(start, int) and start >= 0
-        if not whole or not row["context"].startswith(text, start):
-            return f"its answer {str(text)[:40]!r} does not stand at character {start!r} of its context"
-    return None
 
 
 def is_trained(options: RunOptions, shaping: dict[str, Any] | None, output_dir: Path) -> bool:
@@ -231,71 +98,6 @@ def is_trained(options: RunOptions, shaping: dict[str, Any] | None, output_dir: 
     if finished:
         logger.warning(f"{output_dir} is trained already and is not trained again (--fresh_start would)")
     return finished
-
-
-def load_model(name: str | Path, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer and model, in float32 whatever the checkpoint's precision, from a folder or the Hub.
-
-    Raises UserError if they cannot be had, or if the tokenizer is slow and so knows no character offsets.
-    """
-    try:
-        refuse_missing_folder(str(name))
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(name, config=config, trust_remote_code=trust_remote_code)
-        model = AutoModelForQuestionAnswering.from_pretrained(
-            name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-    except (
-        *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, HfHubHTTPError, SafetensorError),
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}") from None
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"--model_name_or_path {name}: its tokenizer ({type(tokenizer).__name__}) is slow and does not say "
-            "which characters a token covers; choose a model with a fast tokenizer (a tokenizer.json)"
-        )
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(
-            f"--model_name_or_path {name}: there is no tokenizer in it (no tokenizer.json or vocab.txt); save the "
-            "tokenizer of the model it was trained from beside it"
-        )
-    tokenizer.padding_side = tokenizer.truncation_side = "right"
-    return tokenizer, model
-
-
-def choose_layout(options: RunOptions, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> Layout:
-    """Window lengths: what was asked for, else what the checkpoint was trained with, else the defaults.
-
-    They are noted in the model's config, so that a trained model answers with the windows it was trained on.
-    """
-    stored = getattr(model.config, "qa_windows", None)
-    if not isinstance(stored, dict) or not all(type(stored.get(name)) is int for name in WINDOW_OPTIONS):
-        stored = {}
-    given = {name: getattr(options, name) for name in WINDOW_OPTIONS}
-    lengths = {name: stored.get(name, default) if given[name] is None else given[name]
-               for name, default in WINDOW_OPTIONS.items()}  # fmt: skip
-    if given["doc_stride"] is None and (given["max_seq_length"] or given["max_question_length"]):
-        lengths["doc_stride"] = None  # a stored stride belongs to the stored lengths
-    longest = max_positions(model)
-    if given["max_seq_length"] is None:
-        lengths["max_seq_length"] = min(lengths["max_seq_length"], longest)
-    elif given["max_seq_length"] > longest:
-        raise UserError(f"--max_seq_length is {given['max_seq_length']}, the model takes at most {longest} tokens")
-    layout = make_layout(tokenizer, **lengths)
-    model.config.qa_windows = lengths | {"doc_stride": layout.doc_stride}
-    return layout
-
-
-def max_positions(model: PreTrainedModel) -> int:
-    """The longest input of a model in tokens, as its position embeddings allow (2**20 where nothing limits it)."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if not positions or positions < 0:
-        return 2**20
-    # RoBERTa and its kin count positions from the padding id on: 514 embeddings serve 512 tokens.
-    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
-    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
-    return positions if padding is None else positions - padding - 1
 
 
 def make_features(

@@ -19,6 +19,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, CanineCon
 import prepare_drcd
 import resume
 import run_qa
+import splits
 from postprocess import choose
 
 ROOT = Path(run_qa.__file__).parent
@@ -453,7 +454,7 @@ def test_bad_datasets_are_refused(place, tmp_path, capsys, split, change, more, 
 )
 def test_rows_that_are_not_of_the_squad_schema(change, message):
     row = {"id": 1, "question": "q", "context": "abc", "answers": {"text": ["a", "b"], "answer_start": [0, 1]}}
-    reason = run_qa.unusable(row | change)
+    reason = splits.unusable(row | change)
     assert reason is None if message is None else message in reason
 
 
@@ -540,7 +541,7 @@ def test_as_a_process_bad_input_is_one_line_without_a_traceback(place, tmp_path)
 
 def test_the_default_dataset_is_never_sought_on_the_hub(place, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(run_qa, "load_dataset", lambda name: pytest.fail(f"opened {name}"))
+    monkeypatch.setattr(splits, "load_dataset", lambda name: pytest.fail(f"opened {name}"))
     with pytest.raises(SystemExit):
         run("--model_name_or_path", place / "model")
     assert "--dataset_name data/drcd: cannot be opened as a dataset: there is no such folder" in capsys.readouterr().err
