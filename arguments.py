@@ -78,7 +78,12 @@ class RunArguments(TrainingArguments):
     """
 
     output_dir: str | None = _option(None, "folder of the run (outputs/ and the name of the config or model)")
-    per_device_eval_batch_size: int = _option(32, "windows a device evaluates at once")
+    mixed_precision: str = _option(
+        "no",
+        "half precision: fp16, bf16, auto (bf16 where the GPU has it, fp16 on older ones, none on a CPU), or no",
+        choices=["no", "auto", "bf16", "fp16"],
+    )
+    per_device_eval_batch_size: int = _option(128, "windows a device evaluates at once")
     learning_rate: float = _option(3e-5, "peak learning rate")
     num_train_epochs: float = _option(2.0, "passes over the training questions")
     warmup_steps: float = _option(0.1, "steps of rising learning rate; below 1: their share of all steps")
@@ -97,6 +102,10 @@ class RunArguments(TrainingArguments):
         self.remove_unused_columns = self.batch_eval_metrics = False
         self.eval_do_concat_batches = True
         self.output_dir = self.output_dir or ""  # None would become the Trainer's own "trainer_output"
+        if self.mixed_precision == "auto" and not self.use_cpu and torch.accelerator.is_available():
+            self.mixed_precision = "bf16" if has_bf16() else "fp16"
+        self.fp16 = self.fp16 or self.mixed_precision == "fp16"
+        self.bf16 = self.bf16 or self.mixed_precision == "bf16"
         if self.use_cpu or not torch.accelerator.is_available():
             self.use_cpu = True  # without it, the processes of a `torchrun` on CPUs do not know of each other
             if self.fp16 or self.fp16_full_eval:
@@ -127,6 +136,13 @@ class RunArguments(TrainingArguments):
         if self.prediction_loss_only:
             raise ValueError("--prediction_loss_only leaves no answers to score: drop it")
 
+    @property
+    def pad_to_multiple_of(self) -> int:
+        """What a batch's length in tokens is rounded up to: tensor cores want 8, a compiled model few lengths."""
+        if self.torch_compile:
+            return 64
+        return 8 if self.fp16 or self.bf16 else 1
+
     def without_evaluation(self) -> None:
         """Settle for a run that cannot evaluate in training: no best model, the last one is kept."""
         if self.save_between != SaveStrategy.NO:
@@ -134,3 +150,8 @@ class RunArguments(TrainingArguments):
             self.save_between = SaveStrategy.NO
         self.eval_strategy = type(self.eval_strategy)("no")
         self.load_best_model_at_end = False
+
+
+def has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16 itself; older ones, the T4 among them, only emulate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

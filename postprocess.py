@@ -52,21 +52,26 @@ def best_spans(
     usable = char_starts < char_ends
     starts = start_logits.float().masked_fill(~usable, -torch.inf)
     ends = end_logits.float().masked_fill(~usable, -torch.inf)
-    # scores[row, i, l] is the span from token i to token i + l: only the band within max_answer_length is ever made.
-    ends = torch.nn.functional.pad(ends, (0, width - 1), value=-torch.inf).unfold(1, width, 1)
-    scores = (starts[:, :, None] + ends).flatten(1)
     share = _tokens_a_character(char_starts, char_ends, usable)
-    kept = min(n_best_size * share, scores.shape[1])
-    scores, flat = _stable_top(scores, kept)
-    first, last = flat // width, (flat // width + flat % width).clamp_max(tokens - 1)
-    spans = torch.stack([char_starts.gather(1, first), char_ends.gather(1, last)], dim=2)
-    missing = scores == -torch.inf
-    spans[missing] = MISSING
+    # Each of the n best spans has one of the n starts whose own best span scores highest (of equal ones the earliest):
+    # if not, the best spans of those n starts would all come before it. Only those starts' spans are ever made.
+    ends = torch.nn.functional.pad(ends, (0, width - 1), value=-torch.inf)
+    best_of_start = starts + torch.nn.functional.max_pool1d(ends[:, None], width, stride=1)[:, 0]
+    first = _top_places(best_of_start, n_best_size * share)
+    last = first[:, :, None] + torch.arange(width, device=first.device)
+    scores = (starts.gather(1, first)[:, :, None] + ends.gather(1, last.flatten(1)).view_as(last)).flatten(1)
+    flat = _top_places(scores, n_best_size * share)
+    scores, order = scores.gather(1, flat).sort(dim=1, descending=True, stable=True)
+    flat = flat.gather(1, order)
+    first, last = first.gather(1, flat // width), last.flatten(1).gather(1, flat).clamp_max(tokens - 1)
+    spans = torch.stack([char_starts.gather(1, first), char_ends.gather(1, last)], dim=2).int()
+    spans = spans.masked_fill((scores == -torch.inf)[:, :, None], MISSING)
     if share > 1:
         scores, spans = _drop_repeats(scores, spans)
     lacking = max(0, n_best_size - scores.shape[1])
-    scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
-    spans = torch.nn.functional.pad(spans, (0, 0, 0, lacking), value=MISSING)
+    if lacking:
+        scores = torch.nn.functional.pad(scores, (0, lacking), value=-torch.inf)
+        spans = torch.nn.functional.pad(spans, (0, 0, 0, lacking), value=MISSING)
     return scores[:, :n_best_size], spans[:, :n_best_size]
 
 
@@ -123,42 +128,44 @@ def merge_windows(
     """
     present = spans[:, :, 0] != MISSING
     question = np.broadcast_to(examples[:, None], present.shape)[present]
-    spans, scores = spans[present], scores[present].astype(np.float32)
-    order = np.lexsort((-scores, spans[:, 1], spans[:, 0], question))
-    question, spans, scores = question[order], spans[order], scores[order]
-    new = np.ones(len(question), dtype=bool)
-    new[1:] = (question[1:] != question[:-1]) | (spans[1:] != spans[:-1]).any(axis=1)
-    question, spans, scores = question[new], spans[new], scores[new]
-    order = np.lexsort((-scores, question))  # stable: ties stay in the order of start and end
-    question, spans, scores = question[order], spans[order], scores[order]
-    rank = np.arange(len(question)) - np.searchsorted(question, question)
-    question, spans, scores = (values[rank < n_best_size] for values in (question, spans, scores))
+    start, end = spans[present].T
+    places = int(end.max(initial=0)) + 1
+    key = np.ravel_multi_index((question, start, end), (questions, places, places))  # in order of all three
+    order = np.argsort(key)
+    key, scores = key[order], scores[present].astype(np.float32)[order]
+    new = np.flatnonzero(np.diff(key, prepend=-1))  # where another span begins
+    key, scores = key[new], np.maximum.reduceat(scores, new) if len(new) else scores
+    question, start, end = np.unravel_index(key, (questions, places, places))
     bounds = np.searchsorted(question, np.arange(questions + 1))
-    return Candidates(bounds, spans, scores, _softmax(scores, bounds))
+    order = np.argsort(question * 2**32 - _ordered_integers(scores), kind="stable")  # ties stay by start and end
+    order = order[np.arange(len(order)) - bounds[question] < n_best_size]
+    bounds = np.concatenate([[0], np.cumsum(np.minimum(np.diff(bounds), n_best_size))])
+    spans, scores = np.stack([start, end], axis=1)[order], scores[order]
+    return Candidates(bounds, spans.astype(np.int32), scores, _softmax(scores, bounds))
 
 
-def nbest_lists(candidates: Candidates, contexts: Sequence[str]) -> Iterator[list[dict]]:
+def nbest_lists(candidates: Candidates, contexts: Iterable[str]) -> Iterator[list[dict]]:
     """Each question's candidates, best first, as they stand in an n-best file.
 
     A candidate is its `text`, cut from the paragraph; `start` and `end` in characters, end exclusive; `score`; and
     `probability`. A question without any candidate (an empty paragraph) has an empty list.
     """
-    starts, ends = candidates.spans[:, 0].tolist(), candidates.spans[:, 1].tolist()
-    scores, probabilities = candidates.scores.tolist(), candidates.probabilities.tolist()
-    for context, begin, end in zip(contexts, candidates.bounds, candidates.bounds[1:], strict=False):
+    bounds = candidates.bounds.tolist()
+    values = candidates.spans, candidates.scores, candidates.probabilities
+    for context, first, last in zip(contexts, bounds, bounds[1:], strict=False):
+        own = (column[first:last].tolist() for column in values)
         yield [
-            {"text": context[starts[i] : ends[i]], "start": starts[i], "end": ends[i], "score": scores[i],
-             "probability": probabilities[i]}
-            for i in range(begin, end)
-        ]  # fmt: skip
+            {"text": context[start:end], "start": start, "end": end, "score": score, "probability": probability}
+            for (start, end), score, probability in zip(*own, strict=True)
+        ]
 
 
-def best_texts(candidates: Candidates, contexts: Sequence[str]) -> list[str]:
+def best_texts(candidates: Candidates, contexts: Iterable[str]) -> list[str]:
     """Every question's answer by `choose`."""
-    spans = candidates.spans.tolist()
+    bounds = candidates.bounds.tolist()
     return [
-        choose(context[start:end] for start, end in spans[first:last])
-        for context, first, last in zip(contexts, candidates.bounds, candidates.bounds[1:], strict=False)
+        choose(context[start:end] for start, end in candidates.spans[first:last].tolist())
+        for context, first, last in zip(contexts, bounds, bounds[1:], strict=False)
     ]
 
 
@@ -186,20 +193,21 @@ def is_balanced(text: str) -> bool:
     return not open_ones
 
 
-def write_answers(output_dir: Path, split: str, ids: Sequence[str], nbest: Sequence[list[dict]]) -> list[Path]:
+def write_answers(output_dir: Path, split: str, ids: Iterable[str], nbest: Iterable[list[dict]]) -> list[Path]:
     """Write `{split}_nbest_predictions.json`, `{split}_predictions.json` and, for the test split, `submission.csv`.
 
-    Returns the paths. Each file is replaced as a whole.
+    The n-best lists are written as they come, and only the answers of all questions are held. Returns the paths. Each
+    file is replaced as a whole.
     """
-    paths = [output_dir / f"{split}_predictions.json", output_dir / f"{split}_nbest_predictions.json"]
-    texts = {id_: choose(c["text"] for c in candidates) for id_, candidates in zip(ids, nbest, strict=True)}
-    write_json(paths[0], texts)
-    with replacing_file(paths[1]) as file:
-        file.write("{")
-        for number, (id_, candidates) in enumerate(zip(ids, nbest, strict=True)):
-            line = f"{json.dumps(id_, ensure_ascii=False)}: {json.dumps(candidates, ensure_ascii=False)}"
-            file.write(f"{',' if number else ''}\n{line}")
-        file.write("\n}\n")
+    paths = [nbest_path(output_dir, split), output_dir / f"{split}_predictions.json"]
+    encode = json.JSONEncoder(ensure_ascii=False).encode
+    texts = {}
+    with replacing_file(paths[0]) as file:
+        for id_, candidates in zip(ids, nbest, strict=True):
+            file.write(f"{',' if texts else '{'}\n{encode(id_)}: {encode(candidates)}")
+            texts[id_] = choose(candidate["text"] for candidate in candidates)
+        file.write("\n}\n" if texts else "{}\n")
+    write_json(paths[1], texts)
     if split == "test":
         paths.append(output_dir / "submission.csv")
         write_submission(paths[-1], texts)
@@ -229,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scored = split == "eval" and references is not None
         if scored and not (nbest and nbest.keys() <= references.keys() and any(references[id_] for id_ in nbest)):
             raise UserError(f"--dataset_name {arguments.dataset_name}: it does not have the questions of the runs")
-        for path in write_answers(arguments.output_dir, split, list(nbest), list(nbest.values())):
+        for path in write_answers(arguments.output_dir, split, nbest, nbest.values()):
             print(f"wrote {path}")
         if scored:
             score_and_note(arguments.output_dir, references, nbest)
@@ -361,24 +369,23 @@ def _is_candidate(value: object) -> bool:
     )
 
 
-def _stable_top(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The `kept` largest of each row and their places, equal ones by place. `torch.topk` leaves their order open."""
-    top, places = scores.topk(kept, dim=1)
-    least = top[:, -1:]
-    # Where the last one kept has equals that were not kept, only a stable sort says which of them comes first.
-    unclear = ((scores >= least).sum(dim=1) > kept) & (least[:, 0] > -torch.inf)
-    if unclear.any():
-        places[unclear] = scores[unclear].sort(dim=1, descending=True, stable=True).indices[:, :kept]
-    places = places.sort(dim=1).values
-    top, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
-    return top, places.gather(1, order)
+def _top_places(scores: torch.Tensor, kept: int) -> torch.Tensor:
+    """The places of the `kept` largest of each row, in rising order; of equal ones those of the earliest places."""
+    kept = min(kept, scores.shape[1])
+    top, places = scores.topk(min(kept + 1, scores.shape[1]), dim=1)
+    # `topk` leaves the order of equals open: where the next one equals the last one kept, a stable sort has to tell.
+    unclear = (top[:, kept - 1] == top[:, -1]) & (top[:, -1] > -torch.inf)
+    if top.shape[1] > kept and unclear.any():
+        sorted_places = scores[unclear].sort(dim=1, descending=True, stable=True).indices
+        places[unclear] = sorted_places[:, : kept + 1]
+    return places[:, :kept].sort(dim=1).values
 
 
 def _tokens_a_character(char_starts: torch.Tensor, char_ends: torch.Tensor, usable: torch.Tensor) -> int:
     """How many token spans at most cover the same characters: 1 unless tokens share characters (byte-level ones)."""
     most = 1
     while True:
-        shared = usable[:, most:] & usable[:, :-most] & (char_starts[:, most:] < char_ends[:, :-most])
+        shared = usable[:, most:] & (char_starts[:, most:] < char_ends[:, :-most])  # 0 is the end of unusable ones
         if not shared.any():
             return most * most
         most += 1
@@ -392,6 +399,12 @@ def _drop_repeats(scores: torch.Tensor, spans: torch.Tensor) -> tuple[torch.Tens
     spans = spans.masked_fill(repeated[:, :, None], MISSING)
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     return scores, spans.gather(1, order[:, :, None].expand_as(spans))
+
+
+def _ordered_integers(scores: np.ndarray) -> np.ndarray:
+    """Whole numbers below 2 ** 31 in the order of float32 `scores`: what their bits are, sign apart. They sort faster."""
+    bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # + 0 makes -0 the 0 that it equals
+    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 def _softmax(scores: np.ndarray, bounds: np.ndarray) -> np.ndarray:

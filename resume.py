@@ -28,6 +28,7 @@ _WITHOUT_EFFECT = {
     *("n_best_size", "max_predict_samples"),
     *("output_dir", "do_train", "do_eval", "do_predict", "per_device_eval_batch_size", "eval_accumulation_steps"),
     *("per_device_train_batch_size", "gradient_accumulation_steps"),  # their product counts, see `shape`
+    "mixed_precision",  # `fp16` and `bf16` say what came of it
     *("log_level", "log_level_replica", "log_on_each_node", "logging_strategy", "logging_first_step"),
     *("logging_steps", "logging_nan_inf_filter", "report_to", "run_name", "disable_tqdm", "project"),
     *("save_strategy", "save_steps", "save_total_limit", "save_on_each_node", "resume_from_checkpoint"),

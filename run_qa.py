@@ -31,7 +31,7 @@ from postprocess import Candidates, best_texts, merge_windows, nbest_lists, writ
 from scoring import breakdown, breakdown_table, read_results, score_texts
 from splits import SPLIT_OF, load_splits
 from trainer import QuestionAnsweringTrainer
-from windows import Collator, Layout, TrainingWindows, build_features
+from windows import Collator, Layout, TrainingWindows, split_features
 
 logger = logging.get_logger("run_qa")
 
@@ -109,24 +109,19 @@ def make_features(
     layout: Layout,
 ) -> Dataset | TrainingWindows:
     """The windows of a step's split (`windows.build_features`), cached by `datasets`; longest first but in training."""
-    rows = dataset[SPLIT_OF[step]]
-    with arguments.main_process_first(desc=f"windows of {SPLIT_OF[step]}"):
-        features = rows.map(
-            build_features,
-            batched=True,
-            with_indices=True,
-            remove_columns=rows.column_names,
+    split = SPLIT_OF[step]
+    with arguments.main_process_first(desc=f"windows of {split}"):
+        features = split_features(
+            dataset[split],
+            tokenizer,
+            layout,
+            windows=options.train_windows if step == "train" else "stride",
+            labels=step != "predict",
             num_proc=options.preprocessing_num_workers,
-            fn_kwargs={
-                "tokenizer": tokenizer,
-                "layout": layout,
-                "windows": options.train_windows if step == "train" else "stride",
-                "labels": step != "predict",
-            },
-            desc=f"windows of {SPLIT_OF[step]}",
+            desc=f"windows of {split}",
         )
         if step != "train":
-            return features.sort("length", reverse=True)
+            return features.sort("length", reverse=True).with_format("numpy")
     return TrainingWindows(features, layout, arguments.seed, options.negative_window_ratio)
 
 
@@ -146,7 +141,7 @@ def make_trainer(
     return QuestionAnsweringTrainer(
         model=model,
         args=arguments,
-        data_collator=Collator(tokenizer, 8 if arguments.fp16 or arguments.bf16 else 1),
+        data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
         train_dataset=train_rows,
         eval_dataset=features.get("eval"),
         processing_class=tokenizer,
@@ -197,15 +192,14 @@ def answer(
     metrics = dict(output.metrics)
     references = [answers["text"] for answers in examples["answers"]] if "answers" in examples.column_names else []
     if any(references):
-        texts = best_texts(candidates, examples["context"][:])
+        texts = best_texts(candidates, examples["context"])
         metrics |= {f"{prefix}_{name}": value for name, value in score_texts(texts, references).items()}
     metrics[f"{prefix}_samples"] = len(examples)
     trainer.log(dict(metrics))
     if step == "eval":
         metrics["eval_breakdown"] = breakdown(examples, texts, *window_facts(features))
     if trainer.is_world_process_zero():
-        nbest = list(nbest_lists(candidates, examples["context"][:]))
-        write_answers(output_dir, prefix, examples["id"][:], nbest)
+        write_answers(output_dir, prefix, examples["id"], nbest_lists(candidates, examples["context"]))
     return metrics
 
 
@@ -226,7 +220,7 @@ def merge(examples: Dataset, n_best_size: int, predictions: tuple[Any, Any, Any]
 def score(examples: Dataset, n_best_size: int, prediction: EvalPrediction) -> dict[str, float]:
     """`exact_match` and `f1` of the best answers in a Trainer's predictions; on every process, as all need the best."""
     candidates = merge(examples, n_best_size, prediction.predictions)
-    texts = best_texts(candidates, examples["context"][:])
+    texts = best_texts(candidates, examples["context"])
     return score_texts(texts, [answers["text"] for answers in examples["answers"]])
 
 

@@ -1,9 +1,10 @@
 """Dataset → windows: model inputs of question and paragraph tokens, with labels and character offsets.
 
 A paragraph longer than its room in the model input is cut into windows of at most `room` tokens that start
-`doc_stride` tokens apart. Each distinct paragraph is tokenized once, alone, so the distance does not depend on the
-question. A question and a window are then joined with the model's own special tokens, by array operations, never token
-by token.
+`doc_stride` tokens apart: those that the fast tokenizer's `return_overflowing_tokens` makes of the paragraph alone with
+the overlap `room - doc_stride` (tests hold them equal), so the distance does not depend on the question. Each paragraph
+is tokenized once and its tokens leave the tokenizer once, without the overlap. A question and a window are then joined
+with the model's own special tokens, by array operations, never token by token.
 
 Row of a feature dataset (token lists of one length, positions counted from the first token of the row):
 
@@ -17,19 +18,26 @@ Row of a feature dataset (token lists of one length, positions counted from the 
 - `length`: tokens of the row as the model will see it
 """
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from files import UserError
 
 NO_LABEL = 2**20  # beyond every sequence: the models' loss clamps it to its ignored index
 
+_TEXTS_AT_ONCE = 128
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 
 
@@ -55,14 +63,13 @@ class Layout:
 class Tokens:
     """Token sequences one behind the other: sequence i is `[bounds[i], bounds[i + 1])` of the flat arrays.
 
-    `char_starts`, `char_ends` are characters of text `text[i]` (end exclusive), equal where a token covers none.
+    `char_starts`, `char_ends` are characters of text i (end exclusive), equal where a token covers none.
     """
 
     ids: np.ndarray
     char_starts: np.ndarray
     char_ends: np.ndarray
     bounds: np.ndarray
-    text: np.ndarray
 
 
 def make_layout(
@@ -109,45 +116,52 @@ def make_layout(
     )
 
 
-def tokenize(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], room: int | None = None, doc_stride: int | None = None
-) -> Tokens:
-    """The tokens of `texts` without special tokens.
+def split_features(
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    layout: Layout,
+    windows: str,
+    labels: bool,
+    num_proc: int | None = None,
+    desc: str | None = None,
+) -> Dataset:
+    """The feature rows of a split (`build_features`), in the order of its questions, cached by `datasets`.
 
-    With `room`, a longer text is cut into windows of at most `room` tokens whose starts lie `doc_stride` apart, the
-    last one ending with the text; with `doc_stride` None only its first window is kept. A text without tokens is one
-    empty window. White space at the edges of a token does not count as covered (SentencePiece puts it there).
+    Questions are taken paragraph by paragraph, wherever they stand, so that each paragraph is tokenized once.
     """
-    windows = room is not None and doc_stride is not None
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        truncation=room is not None,
-        max_length=room,
-        stride=room - doc_stride if windows else 0,  # the tokenizers' `stride` is the overlap
-        return_overflowing_tokens=windows,
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+    paragraph = rows.with_format("arrow")["context"][:].dictionary_encode().unify_dictionaries()
+    paragraph = np.concatenate([chunk.indices.to_numpy() for chunk in paragraph.chunks])
+    order = np.argsort(paragraph, kind="stable")
+    # A tokenizer's own hash takes long and changes with each call; its definition and this file say as much.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    told = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), layout, windows, labels)
+    features = rows.select(order).map(
+        _build_in_order,
+        batched=True,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        num_proc=num_proc,
+        fn_kwargs={"order": order, "tokenizer": tokenizer, "layout": layout, "windows": windows, "labels": labels},
+        new_fingerprint=Hasher.hash((told, Path(__file__).read_bytes())),
+        desc=desc,
     )
-    text = np.array(encoded["overflow_to_sample_mapping"] if windows else range(len(texts)), dtype=np.int64)
-    bounds = _bounds([len(ids) for ids in encoded["input_ids"]])
-    ids = np.fromiter((i for ids in encoded["input_ids"] for i in ids), dtype=np.int32, count=bounds[-1])
-    offsets = np.array([pair for pairs in encoded["offset_mapping"] for pair in pairs], dtype=np.int32).reshape(-1, 2)
-    char_starts, char_ends = _without_edge_spaces(offsets, np.repeat(text, np.diff(bounds)), texts)
-    return Tokens(ids, char_starts, char_ends, bounds, text)
+    return features.select(np.argsort(features.with_format("numpy")["example"][:], kind="stable"))
+
+
+def _build_in_order(batch: dict[str, list], indices: list[int], order: np.ndarray, **kwargs: Any) -> pa.Table:
+    return build_features(batch, order[indices], **kwargs)
 
 
 def build_features(
     batch: dict[str, list],
-    indices: list[int],
+    indices: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
     layout: Layout,
     windows: str,
     labels: bool,
 ) -> pa.Table:
-    """The feature rows of a batch of SQuAD-style examples (module docstring), for `Dataset.map(batched=True)`.
+    """The feature rows (module docstring) of a batch of SQuAD-style examples, which are the rows `indices` of a split.
 
     `windows`: "stride" gives a row for every window of the paragraph; "centered" one row, the answer in the middle of
     its window as far as the paragraph's ends allow; "random" one row with the whole paragraph, of which
@@ -155,36 +169,64 @@ def build_features(
     every example; an example without one gets `NO_LABEL`.
     """
     contexts, context_of = _distinct(batch["context"])
-    questions = tokenize(tokenizer, batch["question"], room=layout.max_question_length)
-    if windows == "stride":
-        paragraphs = tokenize(tokenizer, contexts, room=layout.room, doc_stride=layout.doc_stride)
-    else:
-        paragraphs = tokenize(tokenizer, contexts)
+    questions, paragraphs = tokenize(tokenizer, batch["question"]), tokenize(tokenizer, contexts)
     # A question's rows are the windows of its paragraph, which lie one behind the other.
-    windows_of = _bounds(np.bincount(paragraphs.text, minlength=len(contexts)))
-    count = np.diff(windows_of)[context_of]
+    count = np.ones(len(context_of), dtype=np.int64)
+    if windows == "stride":
+        beyond = np.maximum(np.diff(paragraphs.bounds)[context_of] - layout.room, 0)
+        count += -(-beyond // layout.doc_stride)
     question = np.repeat(np.arange(len(context_of)), count)
-    window = _ranges(windows_of[context_of], count)
-    begin, end = paragraphs.bounds[window], paragraphs.bounds[window + 1]
+    begin, end = paragraphs.bounds[context_of[question]], paragraphs.bounds[context_of[question] + 1]
+    if windows == "stride":
+        begin = begin + _ranges(np.zeros_like(count), count) * layout.doc_stride
+        end = np.minimum(begin + layout.room, end)
     if labels:
-        first, last, labelled = _answer_tokens(batch["answers"], question, paragraphs, window)
-        held = first >= 0
+        answers = _answer_tokens(batch["answers"], paragraphs, context_of)
+        first, last, start, stop, labelled = (values[question] for values in answers)
     if windows == "centered":
-        middle = np.where(held, (first + last + 1) // 2, begin)
+        middle = np.where(first >= 0, (first + last + 1) // 2, begin)
         begin = np.clip(middle - layout.room // 2, begin, np.maximum(begin, end - layout.room))
         end = np.minimum(begin + layout.room, end)
-        held &= (begin <= first) & (last < end)
     columns = _join(layout, questions, question, paragraphs, begin, end)
-    context_start = np.diff(questions.bounds)[question] + len(layout.before) + len(layout.between)
+    question_tokens = np.minimum(np.diff(questions.bounds), layout.max_question_length)[question]
+    context_start = question_tokens + len(layout.before) + len(layout.between)
     columns["example"] = np.asarray(indices)[question].astype(np.int32)
     columns["context_start"] = context_start.astype(np.int32)
     around = context_start + len(layout.after)
     columns["length"] = (around + np.minimum(end - begin, layout.room)).astype(np.int32)
     if labels:
-        for name, position in (("start_positions", first), ("end_positions", last)):
+        # A window may cut a character of several byte-level tokens; a part of them covers it as well as all of them.
+        inside_first, inside_last = np.maximum(first, begin), np.minimum(last, end - 1)
+        held = (first >= 0) & (inside_first <= inside_last)
+        held[held] &= paragraphs.char_starts[inside_first[held]] <= start[held]
+        held[held] &= paragraphs.char_ends[inside_last[held]] >= stop[held]
+        for name, position in (("start_positions", inside_first), ("end_positions", inside_last)):
             inside = np.where(held, position - begin + context_start, layout.cls_position)
             columns[name] = np.where(labelled, inside, NO_LABEL).astype(np.int32)
     return pa.table(columns)
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tokens:
+    """The tokens of `texts`, whole and without special tokens.
+
+    White space at the edges of a token does not count as covered (SentencePiece puts it there).
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    parts = [list(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE)]
+    ids, offsets, lengths = [], [], []
+    # Not the tokenizer's call, which makes Python lists of all tokens of all texts at once. The lists of a
+    # part pass while the tokenizer, which needs no Python for it, is at the next part.
+    with ThreadPoolExecutor(1) as pool:
+        for encodings in pool.map(functools.partial(backend.encode_batch, add_special_tokens=False), parts):
+            lengths += map(len, encodings)
+            ids.append(_flat(encoding.ids for encoding in encodings))
+            offsets.append(_flat(itertools.chain.from_iterable(encoding.offsets for encoding in encodings)))
+    none = np.empty(0, dtype=np.int32)
+    of_text = np.repeat(np.arange(len(texts)), lengths)
+    char_starts, char_ends = _without_edge_spaces(np.concatenate([*offsets, none]).reshape(-1, 2), of_text, texts)
+    return Tokens(np.concatenate([*ids, none]), char_starts, char_ends, _bounds(lengths))
 
 
 class TrainingWindows(torch.utils.data.Dataset):
@@ -298,7 +340,8 @@ def _join(
     starts, lengths = np.empty((rows, 5), dtype=np.int64), np.empty((rows, 5), dtype=np.int64)
     starts[:] = np.array([at[0], 0, at[1], 0, at[2]])
     lengths[:] = np.array([len(layout.before), 0, len(layout.between), 0, len(layout.after)])
-    starts[:, 1], lengths[:, 1] = at[3] + questions.bounds[question], np.diff(questions.bounds)[question]
+    starts[:, 1] = at[3] + questions.bounds[question]
+    lengths[:, 1] = np.minimum(np.diff(questions.bounds), layout.max_question_length)[question]
     starts[:, 3], lengths[:, 3] = at[4] + begin, end - begin
     taken = _ranges(starts.ravel(), lengths.ravel())
     row_bounds = pa.array(_bounds(lengths.sum(axis=1)).astype(np.int32))
@@ -314,30 +357,26 @@ def _join(
 
 
 def _answer_tokens(
-    answers: list[dict[str, list]], question: np.ndarray, paragraphs: Tokens, window: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First and last token (inclusive, in the flat arrays) of each row's answer, -1 where the row's window does not
-    hold all of it, and whether the question has an answer at all."""
-    has_answer = np.array([bool(answer["text"]) for answer in answers])
+    answers: list[dict[str, list]], paragraphs: Tokens, paragraph: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where each question's answer stands in its `paragraph`: first and last token (inclusive, in the flat arrays), -1
+    where no token covers it; first character and the one after the last that tokens cover; and whether there is one."""
+    labelled = np.array([bool(answer["text"]) for answer in answers])
     firsts = [(answer["text"][0], answer["answer_start"][0]) if answer["text"] else ("", -1) for answer in answers]
     # White space at an answer's edge is covered by no token; where there is nothing else, the answer has no place.
-    char_start = np.array([start + len(text) - len(text.lstrip()) for text, start in firsts])
-    char_end = np.array([start + len(text.rstrip()) for text, start in firsts])
-    start, end, labelled = char_start[question], char_end[question], has_answer[question]
-    begin, stop = paragraphs.bounds[window], paragraphs.bounds[window + 1]
-    # Offsets grow within a sequence; a step between sequences makes the flat arrays grow as a whole, so that one binary
-    # search serves all rows.
-    sequence = np.repeat(np.arange(len(paragraphs.text)), np.diff(paragraphs.bounds))
+    start = np.array([start + len(text) - len(text.lstrip()) for text, start in firsts])
+    end = np.array([start + len(text.rstrip()) for text, start in firsts])
+    # Offsets grow within a paragraph; a step between paragraphs makes the flat arrays grow as a whole, so that one
+    # binary search serves all questions.
     step = int(paragraphs.char_ends.max(initial=0)) + 2
-    bounded_start, bounded_end = np.clip(start, 0, step - 1), np.clip(end, 0, step - 1)
-    first = np.searchsorted(paragraphs.char_ends + sequence * step, bounded_start + window * step, side="right")
-    last = np.searchsorted(paragraphs.char_starts + sequence * step, bounded_end + window * step, side="left") - 1
-    inside = labelled & (begin <= first) & (first <= last) & (last < stop)
-    if len(paragraphs.ids):
-        whole_start = (first > begin) | (paragraphs.char_starts[np.where(inside, first, 0)] <= start)
-        whole_end = (last < stop - 1) | (paragraphs.char_ends[np.where(inside, last, 0)] >= end)
-        inside &= whole_start & whole_end
-    return np.where(inside, first, -1), np.where(inside, last, -1), labelled
+    base = np.repeat(np.arange(len(paragraphs.bounds) - 1) * step, np.diff(paragraphs.bounds))
+    place = paragraph * step
+    first = np.searchsorted(paragraphs.char_ends + base, np.clip(start, 0, step - 1) + place, side="right")
+    last = np.searchsorted(paragraphs.char_starts + base, np.clip(end, 0, step - 1) + place, side="left") - 1
+    covered = labelled & (first <= last) & (last < paragraphs.bounds[paragraph + 1])
+    start[covered] = np.maximum(start[covered], paragraphs.char_starts[first[covered]])
+    end[covered] = np.minimum(end[covered], paragraphs.char_ends[last[covered]])
+    return np.where(covered, first, -1), np.where(covered, last, -1), start, end, labelled
 
 
 def _without_edge_spaces(offsets: np.ndarray, text: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -351,6 +390,11 @@ def _without_edge_spaces(offsets: np.ndarray, text: np.ndarray, texts: Sequence[
     while (move := (starts < ends) & space[base + ends - 1]).any():
         ends -= move
     return starts, ends
+
+
+def _flat(lists: Iterable[Iterable[int]]) -> np.ndarray:
+    """The numbers of all lists one behind the other; drawn through iterators, no list outlives its turn."""
+    return np.fromiter(itertools.chain.from_iterable(lists), dtype=np.int32)
 
 
 def _distinct(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:

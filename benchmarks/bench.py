@@ -1,0 +1,333 @@
+"""This project against what a user would run instead (textbook.py), side by side in one run on one machine and model.
+
+Writes `outputs/bench/bench.json`: rows of `name`, `ours`, `reference`, `unit`, `ratio` (above 1 = ours is better), the
+medians of alternating rounds. Memory and start-up are measured in fresh processes (probe.py).
+
+    python benchmarks/bench.py --dataset_name data/drcd --tokenizer bert-base-chinese
+
+Needs a dataset with labelled validation split; nothing else of it is used. On a GPU (`--device cuda`) the model has the
+shape of macbert-large and rows about the device come on top.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
+from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.utils import logging
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import gpu
+import textbook
+from decoding import load_tokenizer
+
+from arguments import RunArguments
+from files import write_json
+from postprocess import best_spans, merge_windows, nbest_lists, write_answers
+from trainer import QuestionAnsweringTrainer
+from windows import Collator, Layout, TrainingWindows, make_layout, split_features
+
+SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+QUESTION, ROOM = 64, 512 - 64 - 3  # this project's lengths: 512 tokens, windows sharing 128
+NOTEBOOK = {"room": 150, "doc_stride": 37}  # the notebook's medium setting
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    disable_progress_bars()
+    logging.set_verbosity_error()
+    examples = load_dataset(arguments.dataset_name, split="validation")
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    set_seed(0)
+    model = make_model(tokenizer, LARGE if arguments.device == "cuda" else SMALL)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(arguments, examples, tokenizer, model, Path(folder))
+        for measure in (features, spans, training, evaluation, memory, startup, gpu.rows):
+            if not arguments.only or measure.__name__ in arguments.only or measure.__module__ in arguments.only:
+                for row in measure(bench):
+                    rows.append(row)
+                    print(f"{row['name']:<64}{row['ratio']:>7.2f}x{row['ours']:>12.5g}{row['reference']:>12.5g}  "
+                          f"{row['unit']}", flush=True)  # fmt: skip
+    write_json(arguments.output_dir / "bench.json", rows)
+    print(f"wrote {arguments.output_dir / 'bench.json'}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset_name", default="data/sample/dataset", help="dataset with a validation split")
+    parser.add_argument("--tokenizer", default="data/sample/model", help="Hub id, folder, or a vocab.txt")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=5, help="alternating rounds, of which the medians count")
+    parser.add_argument("--questions", type=int, default=200, help="questions of training and evaluation")
+    parser.add_argument("--num_proc", type=int, help="worker processes of the feature building (none)")
+    parser.add_argument("--only", nargs="*", help="features, spans, training, evaluation, memory, startup or gpu")
+    return parser.parse_args()
+
+
+class Bench:
+    """What the measurements share: the options, the labelled examples, tokenizer, model, and a folder to write in."""
+
+    def __init__(
+        self,
+        arguments: argparse.Namespace,
+        examples: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        model: BertForQuestionAnswering,
+        folder: Path,
+    ):
+        self.arguments, self.examples, self.tokenizer = arguments, examples, tokenizer
+        self.model, self.folder = model.to(arguments.device), folder
+        self.few = examples.shuffle(seed=0).select(range(min(arguments.questions, len(examples))))
+
+    def layout(self, max_seq_length: int = 512) -> Layout:
+        """This project's windows of so many tokens, sharing 128 as the reference's do."""
+        return make_layout(self.tokenizer, max_seq_length, QUESTION, max_seq_length - QUESTION - 3 - 128)
+
+    def faster(self, name: str, unit: str, work: float, ours: Callable[[], Any], reference: Callable[[], Any]) -> dict:
+        """A row of `work` a second: medians of alternating rounds after one that does not count."""
+        times: dict[str, list[float]] = {"ours": [], "reference": []}
+        for number in range(self.arguments.rounds + 1):
+            for side, run in (("ours", ours), ("reference", reference)):
+                started = time.perf_counter()
+                run()
+                if self.arguments.device == "cuda":
+                    torch.cuda.synchronize()
+                if number:
+                    times[side].append(time.perf_counter() - started)
+        figures = {side: work / statistics.median(values) for side, values in times.items()}
+        return row(name, unit, **figures)
+
+
+def row(name: str, unit: str, ours: float, reference: float, less_is_better: bool = False) -> dict[str, Any]:
+    """A row of `bench.json`."""
+    ratio = reference / ours if less_is_better else ours / reference
+    return {"name": name, "ours": ours, "reference": reference, "unit": unit, "ratio": ratio}
+
+
+def make_model(tokenizer: PreTrainedTokenizerBase, shape: dict[str, int]) -> BertForQuestionAnswering:
+    """A BERT of a real shape with random weights: it costs what a trained one does."""
+    return BertForQuestionAnswering(BertConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **shape))
+
+
+def features(bench: Bench) -> list[dict]:
+    """Rows ready for the Trainer, on as many worker processes as the other side."""
+    examples, tokenizer, workers = bench.examples, bench.tokenizer, bench.arguments.num_proc
+
+    def build(length: int, labels: bool) -> Dataset:
+        # A dataset out of the cache would be no measurement.
+        fresh = examples.with_format(None)
+        fresh._fingerprint = f"{time.perf_counter_ns():x}"
+        rows = split_features(fresh, tokenizer, bench.layout(length), "stride", labels, workers)
+        return rows if labels else rows.sort("length", reverse=True, load_from_cache_file=False)
+
+    def reference(function: Callable) -> Dataset:
+        return examples.map(function, batched=True, remove_columns=examples.column_names, num_proc=workers,
+                            fn_kwargs={"tokenizer": tokenizer}, load_from_cache_file=False)  # fmt: skip
+
+    return [
+        bench.faster(f"features, {kind}, {length} tokens", "questions/s", len(examples),
+                     lambda length=length, labels=labels: build(length, labels),
+                     lambda function=function: reference(function))
+        for kind, labels, function in (
+            ("training", True, textbook.training_features),
+            ("evaluation", False, textbook.evaluation_features),
+        )
+        for length in (384, 512)
+    ]  # fmt: skip
+
+
+def spans(bench: Bench) -> list[dict]:
+    """Logits like a trained model's (noise, and a peak at the answer) to candidates, and on to written files."""
+    examples = bench.examples.select(range(min(1000, len(bench.examples))))
+    rows = split_features(examples, bench.tokenizer, bench.layout(textbook.MAX_LENGTH), "stride", True)
+    rows = rows.sort("length", reverse=True).with_format("numpy")
+    collate, size = Collator(bench.tokenizer), RunArguments(output_dir=str(bench.folder)).per_device_eval_batch_size
+    batches = [collate(rows.__getitems__(list(range(i, min(i + size, len(rows)))))) for i in range(0, len(rows), size)]
+    device = torch.device(bench.arguments.device)
+    for batch in batches:
+        for name in ("start", "end"):
+            batch[f"{name}_logits"] = peaked(batch["attention_mask"].shape[1], batch[f"{name}_positions"].numpy())
+        batch |= {name: values.to(device) for name, values in batch.items()}
+
+    def map_textbook(function: Callable) -> Dataset:
+        return examples.map(function, batched=True, remove_columns=examples.column_names,
+                            fn_kwargs={"tokenizer": bench.tokenizer})  # fmt: skip
+
+    labels = map_textbook(textbook.training_features).with_format("numpy")
+    table = map_textbook(textbook.evaluation_features)
+    logits = tuple(peaked(textbook.MAX_LENGTH, labels[f"{name}_positions"][:]).numpy() for name in ("start", "end"))
+
+    def candidates() -> Any:
+        found = [
+            (batch["example"], *best_spans(batch["start_logits"], batch["end_logits"], batch["char_starts"],
+                                           batch["char_ends"], textbook.N_BEST, textbook.MAX_ANSWER))
+            for batch in batches
+        ]  # fmt: skip
+        arrays = [np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*found, strict=True)]
+        return merge_windows(*arrays, len(examples), textbook.N_BEST)
+
+    def files() -> None:
+        write_answers(bench.folder, "eval", examples["id"], nbest_lists(candidates(), examples["context"]))
+
+    def reference_files() -> None:
+        textbook.write_predictions(bench.folder, textbook.search_spans(examples, table, logits))
+
+    count = len(examples)
+    return [
+        bench.faster("spans, logits to candidates", "questions/s", count, candidates,
+                     lambda: textbook.search_spans(examples, table, logits)),
+        bench.faster("spans, logits to written files", "questions/s", count, files, reference_files),
+    ]  # fmt: skip
+
+
+def peaked(width: int, positions: np.ndarray) -> torch.Tensor:
+    """Logits [rows, width] like a trained model's: normal noise, and 8 at the label, falling off around it."""
+    noise = np.random.default_rng(0).normal(size=(len(positions), width))
+    distance = np.abs(np.arange(width) - positions[:, None])
+    return torch.from_numpy((noise + 8 * np.exp(-distance / 2) * (positions > 0)[:, None]).astype(np.float32))
+
+
+def training(bench: Bench) -> list[dict]:
+    """Steps of the Trainer in equal precision: all windows on both sides, and one random window a question."""
+    count = len(bench.few)
+    reference_rows = bench.few.map(
+        textbook.training_features, batched=True, remove_columns=bench.few.column_names,
+        fn_kwargs={"tokenizer": bench.tokenizer},
+    )  # fmt: skip
+    reference = textbook.make_trainer(bench.model, training_arguments(bench, TrainingArguments), reference_rows)
+    found = []
+    for name, windows in (("all windows", "stride"), ("one random window", "random")):
+        rows = split_features(bench.few, bench.tokenizer, bench.layout(), windows, True)
+        data = TrainingWindows(rows, bench.layout(), seed=0, negative_window_ratio=0.1)
+        own = training_arguments(bench, RunArguments, train_sampling_strategy="group_by_length", eval_strategy="no")
+        trainer = QuestionAnsweringTrainer(
+            bench.model, own, Collator(bench.tokenizer, own.pad_to_multiple_of), data, n_best_size=20,
+            max_answer_length=50,
+        )  # fmt: skip
+        found.append(
+            bench.faster(f"training, 512 tokens, {name}", "questions/s", count, trainer.train, reference.train)
+        )
+    return found
+
+
+def training_arguments(bench: Bench, kind: type[TrainingArguments], **more: Any) -> TrainingArguments:
+    """One epoch without checkpoints or logs, the same batch and precision for both sides."""
+    half = {"bf16": True} if bench.arguments.device == "cuda" else {}
+    return kind(
+        output_dir=str(bench.folder), num_train_epochs=1, per_device_train_batch_size=8, save_strategy="no",
+        logging_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-5, dataloader_pin_memory=False,
+        **half, **more,
+    )  # fmt: skip
+
+
+def evaluation(bench: Bench) -> list[dict]:
+    """From features in the cache to written answers, against the batched textbook way and the notebook's."""
+    count = len(bench.few)
+    few = bench.few.remove_columns("answers")
+    rows = split_features(few, bench.tokenizer, bench.layout(), "stride", False)
+    rows = rows.sort("length", reverse=True).with_format("numpy")
+    own = training_arguments(bench, RunArguments, eval_strategy="no")
+    ours = QuestionAnsweringTrainer(
+        bench.model, own, Collator(bench.tokenizer, own.pad_to_multiple_of), n_best_size=20, max_answer_length=50
+    )
+    table = few.map(
+        textbook.evaluation_features, batched=True, remove_columns=few.column_names,
+        fn_kwargs={"tokenizer": bench.tokenizer},
+    )  # fmt: skip
+    plain = training_arguments(bench, TrainingArguments, per_device_eval_batch_size=own.per_device_eval_batch_size)
+    reference = textbook.make_trainer(bench.model, plain)
+    notebook = textbook.NotebookQuestions(few, bench.tokenizer, **NOTEBOOK)
+
+    def answer() -> None:
+        example, scores, found = ours.predict(rows).predictions
+        candidates = merge_windows(example, scores, found, count, 20)
+        write_answers(bench.folder, "test", few["id"], nbest_lists(candidates, few["context"]))
+
+    return [
+        bench.faster("evaluation, against batches of padded windows", "questions/s", count, answer,
+                     lambda: textbook.evaluate(reference, few, table, bench.folder)),
+        bench.faster("evaluation, against one question at a time (150, stride 37)", "questions/s", count, answer,
+                     lambda: textbook.notebook_answers(bench.model, bench.tokenizer, notebook)),
+    ]  # fmt: skip
+
+
+def memory(bench: Bench) -> list[dict]:
+    """Peak host memory of answering 200, 2,000 and 20,000 questions with a tiny model, over that with all loaded."""
+    peaks = {}
+    for times in (1, 10, 100):
+        dataset = repeated(bench, 200 * times)
+        for side in ("ours", "reference"):
+            peaks[side, times] = probe(bench, side, "predict", dataset)["peak_mib"]
+    return [
+        row(f"memory, answering {200 * times} questions", "MiB", peaks["ours", times], peaks["reference", times],
+            less_is_better=True)
+        for times in (1, 10, 100)
+    ] + [
+        row(f"memory, growth from 200 to {200 * times} questions", "times",
+            peaks["ours", times] / peaks["ours", 1], peaks["reference", times] / peaks["reference", 1],
+            less_is_better=True)
+        for times in (10, 100)
+    ]  # fmt: skip
+
+
+def startup(bench: Bench) -> list[dict]:
+    """Seconds from the start of a process to the end of its first training step, features not cached and cached."""
+    dataset = repeated(bench, 2000)
+    found = []
+    cache = bench.folder / "cache"
+    for name in ("first start", "features cached"):
+        seconds: dict[str, list[float]] = {"ours": [], "reference": []}
+        for _ in range(min(3, bench.arguments.rounds)):
+            for side in seconds:
+                if name == "first start":
+                    shutil.rmtree(cache / side, ignore_errors=True)
+                seconds[side].append(probe(bench, side, "train", dataset, cache / side)["seconds"])
+        figures = {side: statistics.median(values) for side, values in seconds.items()}
+        found.append(row(f"start to first step, {name}", "s", **figures, less_is_better=True))
+    return found
+
+
+def repeated(bench: Bench, count: int) -> Path:
+    """A dataset folder of `count` validation questions, repeated with other ids as often as needed."""
+    folder = bench.folder / f"questions-{count}"
+    if not folder.exists():
+        copies = -(-count // len(bench.examples))
+        rows = concatenate_datasets([bench.examples] * copies).select(range(count))
+        rows = rows.map(lambda row, number: {"id": str(number)}, with_indices=True)
+        rows.to_parquet(folder / "train.parquet")
+        rows.remove_columns("answers").to_parquet(folder / "test.parquet")
+        shutil.copy(folder / "train.parquet", folder / "validation.parquet")
+        bench.tokenizer.save_pretrained(bench.folder / "tiny")
+        shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+        make_model(bench.tokenizer, shape).save_pretrained(bench.folder / "tiny")
+    return folder
+
+
+def probe(bench: Bench, side: str, what: str, dataset: Path, cache: Path | None = None) -> dict[str, float]:
+    """What probe.py measures in a process of its own."""
+    command = [sys.executable, str(Path(__file__).parent / "probe.py"), side, what, str(dataset),
+               str(bench.folder / "tiny"), str(cache or tempfile.mkdtemp(dir=bench.folder))]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()
