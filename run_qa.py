@@ -7,6 +7,7 @@ writes the trained model, predictions, n-best lists, `submission.csv` and `all_r
 """
 
 import functools
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,10 @@ def train(
         if trainer.is_world_process_zero():
             resume.relocate_best(checkpoint)
         trainer.accelerator.wait_for_everyone()
-    metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    except pickle.UnpicklingError:  # torch.load(weights_only=True) refuses objects, which could run code
+        raise UserError(f"{checkpoint} holds other objects than tensors and is not loaded; delete it") from None
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
