@@ -65,6 +65,8 @@ def parse_options(dataclass_types: Sequence[type], argv: Sequence[str] | None, d
     parser = Parser(dataclass_types, description=description)
     known, _ = _config_parser().parse_known_args(argv)
     flags = config_to_flags(known.config, known.member, option_names(parser)) if known.config else []
+    if dashes := [flag for flag in flags + argv if flag == "--" or flag.endswith("=--")]:  # argparse makes it a list
+        raise UserError(f"{dashes[0]}: `--` is no value of an option")
     try:
         *values, unknown = parser.parse_args_into_dataclasses(
             flags + argv, return_remaining_strings=True, look_for_args_file=False

@@ -165,10 +165,9 @@ def json_bytes(rng: random.Random, value: Any, broken: bool) -> bytes:
         text = text[: rng.randrange(len(text) + 1)]
     elif damage == 1:
         text += rng.choice(["}", "\x00", "{}", " \n", "#", "\ufeff", "\x1a"])
-    elif damage == 2 and '": ' in text:
-        places = [i for i, char in enumerate(text) if char == '"' and '": ' in text[i + 1 : i + 20]]
-        place = rng.choice(places)
-        text = f"{text[:place]}{text[place : text.index(':', place)]}: 0, {text[place:]}"
+    elif damage == 2 and (keys := list(re.finditer(r'"[^"\\]*": ', text))):
+        key = rng.choice(keys)
+        text = f"{text[: key.start()]}{key.group()}0, {text[key.start() :]}"
     data = text.encode("utf-8", "surrogatepass")
     if rng.random() < 0.1:
         data = b"\xef\xbb\xbf" + data
