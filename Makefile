@@ -13,7 +13,7 @@ DATASET ?= data/drcd
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN_QA = $(BIN)/accelerate launch --quiet $(LAUNCH_ARGS) run_qa.py
 
-.PHONY: help setup sample demo ladder test lint data simple medium strong boss push clean
+.PHONY: help setup sample demo ladder test fuzz lint data simple medium strong boss push clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,9 @@ ladder: sample  ## what each lever of the course buys, on the sample: about 10 m
 
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
+
+fuzz: $(VENV)/installed-dev  ## try bad and odd input on every script: make fuzz CASES=100000 (of each kind)
+	OMP_NUM_THREADS=1 $(BIN)/python checks/fuzz.py --cases $(or $(CASES),2000) --subprocesses $(or $(SUBPROCESSES),20) $(ARGS)
 
 lint: $(VENV)/installed-dev  ## check style
 	$(BIN)/ruff check .

@@ -1,15 +1,54 @@
 """What a run can be told: the project's own options, and the TrainingArguments with defaults for this task."""
 
+import dataclasses
+import json
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from trainer import SPAN_CHOICES
 
 logger = logging.get_logger(__name__)
+
+
+MOST = 2**31 - 1  # of any number that an option may be; no run needs more, and some libraries take no more
+RANGES = {
+    **dict.fromkeys(("n_best_size", "preprocessing_num_workers"), (1, 10_000)),
+    **dict.fromkeys(("max_answer_length", "max_train_samples", "max_eval_samples", "max_predict_samples"), (1, MOST)),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), (1, MOST)),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_accumulation_steps"), (1, MOST)),
+    **dict.fromkeys(("dataloader_prefetch_factor", "ddp_timeout"), (1, MOST)),
+    **dict.fromkeys(("negative_window_ratio", "label_smoothing_factor"), (0, 1)),
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "adam_epsilon"), (0, MOST)),
+    **dict.fromkeys(("max_grad_norm", "logging_steps", "eval_steps", "eval_delay"), (0, MOST)),
+    **dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1)),
+    "dataloader_num_workers": (0, 10_000),
+    "max_steps": (-1, MOST),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, math.nextafter(1, 0))),
+}
+
+
+def refuse_numbers(options: Any) -> None:
+    """Raise ValueError for a number among a dataclass's values that is NaN, infinite, or outside its `RANGES`."""
+    for option in dataclasses.fields(options):
+        value = getattr(options, option.name)
+        if isinstance(value, int | float):
+            least, most = RANGES.get(option.name, (-MOST, MOST))
+            if not value >= least:  # NaN is not either
+                raise ValueError(f"--{option.name} is {value}, must be at least {least}")
+            if value > most:
+                raise ValueError(f"--{option.name} is {value}, must be at most {most}")
+
+
+def _make_optimizer(weight: list[torch.nn.Parameter], kind: type, kwargs: dict[str, Any]) -> None:
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("params", "model", "optimizer_dict")}
+    kind(weight, **kwargs)
 
 
 def _option(default, help: str, **kwargs):
@@ -61,12 +100,7 @@ class RunOptions:
     fresh_start: bool = _option(False, "delete the checkpoints of an earlier run in the output folder first")
 
     def __post_init__(self):
-        at_least_one = ("n_best_size", "max_answer_length", "preprocessing_num_workers")
-        for name in (*at_least_one, "max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}, must be at least 1")
-        if not 0 <= self.negative_window_ratio <= 1:
-            raise ValueError(f"--negative_window_ratio is {self.negative_window_ratio}, must lie between 0 and 1")
+        refuse_numbers(self)
 
 
 @dataclass
@@ -87,8 +121,12 @@ class RunArguments(TrainingArguments):
     learning_rate: float = _option(3e-5, "peak learning rate")
     num_train_epochs: float = _option(2.0, "passes over the training questions")
     warmup_steps: float = _option(0.1, "steps of rising learning rate; below 1: their share of all steps")
-    eval_strategy: str = _option("epoch", "when to score the validation split in training: no, steps or epoch")
-    save_strategy: str = _option("epoch", "when to save a checkpoint, beside at every evaluation: no, steps or epoch")
+    eval_strategy: str = _option(
+        "epoch", "when to score the validation split in training", choices=["no", "steps", "epoch"]
+    )
+    save_strategy: str = _option(
+        "epoch", "when to save a checkpoint, beside at every evaluation", choices=["no", "steps", "epoch", "best"]
+    )
     save_total_limit: int | None = _option(2, "checkpoints kept, the best one always among them")
     load_best_model_at_end: bool = _option(True, "end with the model of the best evaluation, not of the last step")
     metric_for_best_model: str | None = _option("exact_match", "score that decides which model is best")
@@ -120,14 +158,18 @@ class RunArguments(TrainingArguments):
             if self.eval_strategy == "steps":
                 self.save_steps = self.eval_steps = self.eval_steps or self.logging_steps
         super().__post_init__()
+        self._try_out()
 
     def _refuse(self) -> None:
         """Raise ValueError for options of the Trainer that cannot be meant, or that leave no answers to search for."""
-        at_least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
-        at_least |= {"gradient_accumulation_steps": 1, "dataloader_num_workers": 0, "learning_rate": 0, "seed": 0}
-        for name, least in at_least.items():
-            if not getattr(self, name) >= least:  # NaN is not either
-                raise ValueError(f"--{name} is {getattr(self, name)}, must be at least {least}")
+        refuse_numbers(self)
+        for name in self._VALID_DICT_FIELDS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"--{name} is not JSON: {error}") from None
         if not self.save_steps > 0:
             raise ValueError(f"--save_steps is {self.save_steps}, must be above 0")
         scores = ("exact_match", "f1", "loss")
@@ -142,6 +184,35 @@ class RunArguments(TrainingArguments):
         if self.torch_compile:
             return 64
         return 8 if self.fp16 or self.bf16 else 1
+
+    def _try_out(self) -> None:
+        """Make, of nothing much, what the Trainer would make of its options only when training begins.
+
+        Raises ValueError naming the options that it cannot be made of, e.g. a report to a library that is not there.
+        """
+        weight = [torch.nn.Parameter(torch.zeros(1))]
+        optimizer = torch.optim.SGD(weight, lr=0.1)
+        model = PreTrainedModel(PreTrainedConfig())  # some optimizers ask it for layers
+        trials = {
+            "report_to": lambda: [callback() for callback in get_reporting_integration_callbacks(self.report_to)],
+            "lr_scheduler_type with --lr_scheduler_kwargs": lambda: get_scheduler(
+                self.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=self.lr_scheduler_kwargs
+            ),
+        }
+        if self.torch_compile:
+            trials["torch_compile_backend with --torch_compile_mode"] = lambda: torch.compile(
+                torch.nn.Identity(), backend=self.torch_compile_backend, mode=self.torch_compile_mode
+            )
+        if not self.optim_target_modules:
+            trials["optim with --optim_args"] = lambda: _make_optimizer(
+                weight, *Trainer.get_optimizer_cls_and_kwargs(self, model)
+            )
+        for names, trial in trials.items():
+            try:
+                trial()
+            except (ValueError, TypeError, RuntimeError, ImportError, LookupError, AttributeError) as error:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"--{names}: cannot be used: {reason}") from None
 
     def without_evaluation(self) -> None:
         """Settle for a run that cannot evaluate in training: no best model, the last one is kept."""

@@ -1,5 +1,6 @@
 """Files read with one clear error and written whole or not at all. Everything is UTF-8."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -22,6 +23,11 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
+def one_line(text: str) -> str:
+    r"""`text` with every character that is none to look at (a line end, half a surrogate pair) as `\n` or `\udcff`."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, a byte-order mark dropped. Raises UserError if it is missing or not UTF-8."""
     try:
@@ -35,14 +41,16 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(path: str | Path) -> Any:
-    """The value of a JSON file. Raises UserError if it is missing, not UTF-8 or not JSON."""
+    """The value of a JSON file. Raises UserError if it is missing, not UTF-8 or not JSON, or has a key twice."""
     text = read_text(path)
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from None
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; brackets nested too deep
+    except ValueError as error:  # a key twice; an integer of thousands of digits
         raise UserError(f"{path}: not usable JSON: {error}") from None
+    except RecursionError:
+        raise UserError(f"{path}: not usable JSON: its brackets are nested too deep") from None
 
 
 def refuse_missing_folder(name: str, is_folder: bool = False) -> None:
@@ -76,11 +84,13 @@ def replacing_file(path: str | Path, newline: str | None = None) -> Iterator[Tex
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to fill; it takes the place of `path` when the block ends without an error.
 
-    An older folder at `path` is deleted only after the new one stands. After an error `path` is as it was.
+    An older folder at `path` is deleted only after the new one stands. After an error `path` is as it was, and folders
+    that were made to hold it are gone.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder; choose another place")
+    made = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     new, old = temporary / "new", temporary / "old"
@@ -97,13 +107,32 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if not path.exists():
+            with contextlib.suppress(OSError):  # somebody else has put something there
+                for parent in made:
+                    parent.rmdir()
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON, Chinese characters as they are."""
-    with replacing_file(path) as file:
-        json.dump(value, file, ensure_ascii=False, indent=2)
-        file.write("\n")
+    """Replace `path` by `value` as indented JSON, Chinese characters as they are, halves of surrogate pairs escaped.
+
+    Raises UserError if it is nested too deep.
+    """
+    try:
+        with replacing_file(path) as file:
+            file.reconfigure(errors="backslashreplace")  # which is JSON's own escape
+            json.dump(value, file, ensure_ascii=False, indent=2)
+            file.write("\n")
+    except RecursionError:
+        raise UserError(f"{path}: what it is to hold is nested too deep") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return value
 
 
 def _umask() -> int:

@@ -1,5 +1,6 @@
 """A checkpoint, from a folder or the Hub → model, tokenizer and the lengths of its windows."""
 
+import pickle
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ def load_model(name: str | Path, trust_remote_code: bool) -> tuple[PreTrainedTok
         )
     except (
         *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, HfHubHTTPError, SafetensorError),
+        pickle.UnpicklingError,  # torch.load(weights_only=True) refuses objects, which could run code
     ) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"--model_name_or_path {name}: cannot be loaded: {reason}") from None

@@ -10,6 +10,7 @@ import csv
 import json
 import math
 import sys
+import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from files import UserError, printable, read_json, replacing_file, write_json
 from options import Parser, command
 from scoring import read_results, score_texts
 
+CANDIDATE = ("text", "start", "end", "score", "probability")  # the keys of one in an n-best file
 MISSING = -1  # the character offset of a candidate that is not there
 BRACKETS = dict(["「」", "『』", "《》", "〈〉", "（）", "()", "【】", "“”"])
 
@@ -222,7 +224,9 @@ def write_submission(path: Path, texts: dict[str, str]) -> None:
     numbers = all(id_.isascii() and id_.isdigit() and len(id_) < 19 for id_ in texts)
     ids = sorted(texts, key=int) if numbers else list(texts)
     with replacing_file(path, newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
+        # Only the characters of its line end are quoted by the writer, and a bare "\r" needs it as well.
+        lines = types.SimpleNamespace(write=lambda line: file.write(line.removesuffix("\r\n") + "\n"))
+        writer = csv.writer(lines, lineterminator="\r\n")
         writer.writerow(["ID", "Answer"])
         writer.writerows([id_, texts[id_].replace(",", "")] for id_ in ids)
 
@@ -231,16 +235,20 @@ def write_submission(path: Path, texts: dict[str, str]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     references = read_references(arguments.dataset_name) if arguments.dataset_name else None
+    splits = {}
     for split in common_splits(arguments.runs):
         nbests = {run: read_nbest(nbest_path(run, split)) for run in arguments.runs}
-        nbest = ensemble(nbests, arguments.weights) if len(nbests) > 1 else nbests.popitem()[1]
-        scored = split == "eval" and references is not None
-        if scored and not (nbest and nbest.keys() <= references.keys() and any(references[id_] for id_ in nbest)):
+        splits[split] = ensemble(nbests, arguments.weights) if len(nbests) > 1 else nbests.popitem()[1]
+    scored = splits.get("eval") if references is not None else None
+    if scored is not None:
+        read_results(arguments.output_dir)  # all that can be refused is, before anything is written
+        if not (scored and scored.keys() <= references.keys() and any(references[id_] for id_ in scored)):
             raise UserError(f"--dataset_name {arguments.dataset_name}: it does not have the questions of the runs")
+    for split, nbest in splits.items():
         for path in write_answers(arguments.output_dir, split, nbest, nbest.values()):
             print(f"wrote {path}")
-        if scored:
-            score_and_note(arguments.output_dir, references, nbest)
+    if scored is not None:
+        score_and_note(arguments.output_dir, references, scored)
 
 
 def common_splits(runs: Sequence[Path]) -> list[str]:
@@ -278,7 +286,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         raise UserError("the same run stands twice; give it a weight with --weights instead")
     if len(arguments.weights) != len(arguments.runs):
         raise UserError(f"--weights has {len(arguments.weights)} values for {len(arguments.runs)} runs")
-    if not all(0 <= weight < float("inf") for weight in arguments.weights) or not sum(arguments.weights):
+    if not all(weight >= 0 for weight in arguments.weights) or not 0 < sum(arguments.weights) < math.inf:
         raise UserError("--weights must be numbers from 0 on, and not all 0")
     return arguments
 
@@ -325,7 +333,7 @@ def read_references(dataset_name: str) -> dict[str, list[str]]:
     try:
         examples = load_dataset(dataset_name, split="validation")
         return {str(row["id"]): row["answers"]["text"] for row in examples}
-    except (OSError, ValueError, LookupError, TypeError, DatasetsError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--dataset_name {dataset_name}: no labelled validation split to be had: {reason}") from None
 
@@ -345,7 +353,10 @@ def nbest_path(run: Path, split: str) -> Path:
 
 
 def read_nbest(path: Path) -> dict[str, list[dict]]:
-    """The n-best lists by question id. Raises UserError naming file and id if one is not as `nbest_lists` made it."""
+    """The n-best lists by question id, without any further keys of a candidate.
+
+    Raises UserError naming file and id if one is not as `nbest_lists` made it.
+    """
     nbest = read_json(path)
     if not isinstance(nbest, dict):
         raise UserError(f"{path}: must hold one object of question ids, holds a {type(nbest).__name__}")
@@ -354,7 +365,9 @@ def read_nbest(path: Path) -> dict[str, list[dict]]:
             raise UserError(
                 f"{path}: question {id_!r}: must be a list of candidates with text, start, end, score and probability"
             )
-    return nbest
+        if len({(candidate["start"], candidate["end"]) for candidate in candidates}) < len(candidates):
+            raise UserError(f"{path}: question {id_!r}: two of its candidates are the same characters")
+    return {id_: [{name: c[name] for name in CANDIDATE} for c in candidates] for id_, candidates in nbest.items()}
 
 
 def _is_candidate(value: object) -> bool:
@@ -365,7 +378,8 @@ def _is_candidate(value: object) -> bool:
         and all(type(value.get(name)) is int and value[name] >= 0 for name in ("start", "end"))
         and all(type(value.get(name)) in (int, float) for name in ("score", "probability"))
         and abs(value["score"]) < 1e38  # float32; not NaN
-        and 0 <= value["probability"] <= 1
+        and 0 <= value["probability"] <= 1 + 1e-6  # an ensemble's sum of products may be off by a rounding error
+        and value["end"] - value["start"] == len(value["text"])
     )
 
 

@@ -297,7 +297,10 @@ def checked(raw: Any, key: str, *kinds: type) -> Any:
 
 def excerpt(value: Any) -> str:
     """`value` as Python writes it, cut to what an error line can bear."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except RecursionError:  # JSON is read some levels deeper
+        text = f"a {type(value).__name__} nested too deep"
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 

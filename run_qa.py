@@ -7,6 +7,7 @@ writes the trained model, predictions, n-best lists, `submission.csv` and `all_r
 """
 
 import functools
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,13 @@ def choose_output_dir(options: RunOptions, arguments: RunArguments) -> Path:
         raise UserError("--model_name_or_path is missing: name a model folder or Hub id, e.g. bert-base-chinese")
     if Path(options.model_name_or_path).is_dir():  # `model/` is `model`
         options.model_name_or_path = str(Path(options.model_name_or_path))
-    named = Path(options.config).stem if options.config else Path(options.model_name_or_path).resolve().name
     if not arguments.output_dir:
-        arguments.output_dir = str(Path("outputs", named, options.member or ""))
+        named = Path(options.config).stem if options.config else Path(options.model_name_or_path).resolve().name
+        names = [named, options.member] if options.member else [named]
+        for name in names:  # `..`, or a member `a/../../b`, would lead out of outputs/
+            if name in ("", ".", "..") or Path(name).name != name:
+                raise UserError(f"{name!r} is no name for a folder in outputs/; choose one with --output_dir")
+        arguments.output_dir = str(Path("outputs", *names))
     return Path(arguments.output_dir)
 
 
@@ -134,11 +139,15 @@ def make_trainer(
     model: PreTrainedModel,
     layout: Layout,
 ) -> QuestionAnsweringTrainer:
-    """The Trainer over the features, which scores the validation split by `exact_match` and `f1`."""
+    """The Trainer over the features, which scores the validation split by `exact_match` and `f1`.
+
+    Raises UserError for options that it cannot be made with.
+    """
     if "validation" in dataset and "eval" not in features:
         features = features | {"eval": make_features("eval", dataset, options, arguments, tokenizer, layout)}
     train_rows = features.get("train")
-    return QuestionAnsweringTrainer(
+    make = functools.partial(
+        QuestionAnsweringTrainer,
         model=model,
         args=arguments,
         data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
@@ -153,6 +162,11 @@ def make_trainer(
         span_choice=options.span_choice,
         questions_a_row=len(dataset["train"]) / len(train_rows) if train_rows is not None else 1.0,
     )
+    try:
+        return make()
+    except (ImportError, RuntimeError, ValueError) as error:  # e.g. a library that is not installed
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the Trainer cannot be made with these options: {reason}") from None
 
 
 def train(
@@ -173,7 +187,10 @@ def train(
         if trainer.is_world_process_zero():
             resume.relocate_best(checkpoint)
         trainer.accelerator.wait_for_everyone()
-    metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    try:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
+    except pickle.UnpicklingError:  # torch.load(weights_only=True) refuses objects, which could run code
+        raise UserError(f"{checkpoint} holds other objects than tensors and is not loaded; delete it") from None
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():

@@ -74,7 +74,7 @@ def open_dataset(name: str) -> DatasetDict:
         # The default is a folder, never the Hub's repository of that name.
         refuse_missing_folder(name, name == RunOptions.dataset_name)
         return load_dataset(name)
-    except (OSError, ValueError, DatasetsError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError, yaml.YAMLError) as error:  # RuntimeError: it is a script
         reason = " ".join(str(error.__cause__ or error).split())[:300] or type(error).__name__
         for path in Path(name).glob("**/*.parquet"):
             with contextlib.suppress(ValueError):  # not Parquet: the reason says so

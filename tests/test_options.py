@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from files import UserError, replacing_file, replacing_folder, write_json
+from files import UserError, read_json, replacing_file, replacing_folder, write_json
 from options import command, parse_options
 
 
@@ -40,6 +40,14 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert parse(tmp_path, "# nothing").doc_stride == parse(tmp_path, "doc_stride: null").doc_stride == 128
 
 
+MERGES = "name:\n  a0: &a0 {x: 1}\n" + "".join(
+    f"  a{i + 1}: &a{i + 1} {{<<: [*a{i}, *a{i}, *a{i}, *a{i}]}}\n" for i in range(20)
+)
+BOMB = "fp16: true\nname:\n  a0: &a0 {x: 1}\n" + "".join(
+    f"  a{i + 1}: &a{i + 1} {{k: *a{i}, l: *a{i}, m: *a{i}, n: *a{i}}}\n" for i in range(20)
+)
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
@@ -57,6 +65,17 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         ("[" * 5000, "not YAML"),
         ("!!python/object/apply:os.getcwd []", "not YAML"),
         ("\x00", "not YAML"),
+        ("name: a\ndoc_stride: 3\nname: b", "config.yaml: not YAML: line 3: the key 'name' stands twice"),
+        ("members: {a: {name: x, name: y}}", "line 1: the key 'name' stands twice"),
+        (BOMB, "name: its aliases stand for too many values"),
+        (MERGES, "its aliases stand for too many values"),
+        ("name: &a {b: *a}", "name: its aliases stand for too many values, or for themselves"),
+        ("files: []", "files: is an empty list; leave the key out"),
+        ("files: [--fp16]", "'--fp16' in a list looks like a flag"),
+        ("name: {2024-01-01: 1}", "name: keys must be str"),
+        ("doc_stride: !!bool x", "line 1: 'x' is no bool"),
+        (f"doc_stride: 0x{'f' * 5000}", "doc_stride: Exceeds the limit"),
+        ("name: --", "`--` is no value of an option"),
         ("members: 3", "members: must hold"),
         ("members: {a: {}, b: {}}", "holds the members a, b; choose one with --member"),
     ],
@@ -90,6 +109,7 @@ def test_commands_end_in_one_line_and_exit_code_2(capsys):
         (UserError("a.json: record 3: no text"), "error: a.json: record 3: no text\n"),
         (OSError(28, "No space left on device", "/x"), "error: /x: No space left on device\n"),
         (UserError("\udcff"), "error: \\udcff\n"),
+        (UserError("甲\n乙\x1b[31m"), "error: 甲\\n乙\\x1b[31m\n"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(error)
@@ -114,3 +134,23 @@ def test_files_and_folders_are_replaced_whole_or_not_at_all(tmp_path):
     assert [path.name for path in (tmp_path / "d").iterdir()] == ["two"]
     with pytest.raises(UserError), replacing_folder(tmp_path / "a.json"):
         pass
+
+
+def test_folders_made_for_one_that_is_not_finished_are_gone(tmp_path):
+    with pytest.raises(KeyboardInterrupt), replacing_folder(tmp_path / "a/b/c"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_json_that_says_something_twice_or_holds_half_a_surrogate_pair(tmp_path):
+    (tmp_path / "a.json").write_text('[{"k": 1, "l": 2, "k": 3}]')
+    with pytest.raises(UserError, match="not usable JSON: the key 'k' stands twice"):
+        read_json(tmp_path / "a.json")
+    write_json(tmp_path / "b.json", {"甲": "\udcff"})
+    assert read_json(tmp_path / "b.json") == {"甲": "\udcff"}
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(UserError, match="nested too deep"):
+        write_json(tmp_path / "c.json", deep)
+    assert not (tmp_path / "c.json").exists()

@@ -170,7 +170,24 @@ def test_the_answer_is_the_best_candidate_with_balanced_brackets(texts, answer):
     assert best_texts(merged, [context, ""])[0] == answer
 
 
-ODD = ['他說"是"', "1,234,567", "第一行\n第二行", "=SUM(A1)", "全形，逗號", "", "'", " 前後 ", "a\r\nb"]
+ODD = [
+    '他說"是"',
+    "1,234,567",
+    "第一行\n第二行",
+    "=SUM(A1)",
+    "全形，逗號",
+    "",
+    "'",
+    " 前後 ",
+    "a\r\nb",
+    "a\rb",
+    "+1",
+    "-1",
+    "@a",
+    "NA",
+    "null",
+    '"',
+]
 
 
 def test_pandas_reads_the_submission_as_it_was_meant(tmp_path):
@@ -178,8 +195,12 @@ def test_pandas_reads_the_submission_as_it_was_meant(tmp_path):
     write_submission(tmp_path / "submission.csv", texts)
     table = pandas.read_csv(tmp_path / "submission.csv", keep_default_na=False, lineterminator="\n")
     assert list(table.columns) == ["ID", "Answer"]
-    assert table.ID.tolist() == list(range(18))  # numerical order, not 0, 1, 10, 11
+    assert table.ID.tolist() == list(range(2 * len(ODD)))  # numerical order, not 0, 1, 10, 11
     assert table.Answer.tolist() == [text.replace(",", "") for text in ODD * 2]
+    plain = pandas.read_csv(tmp_path / "submission.csv", dtype=str, keep_default_na=False)  # and with its defaults
+    assert plain.Answer.tolist() == table.Answer.tolist()
+    lines = (tmp_path / "submission.csv").read_bytes()
+    assert "3,=SUM(A1)\n4,全形，逗號\n5,\n".encode() in lines  # quoted only where it must be
 
 
 def test_ids_of_other_data_keep_their_order(tmp_path):
@@ -205,6 +226,8 @@ def test_the_command_rewrites_a_runs_files_without_the_model(tmp_path, capsys):
         ('{"q": 3}', "question 'q'"),
         ('{"q": [{"text": "x", "start": 0, "end": 1, "score": NaN, "probability": 1}]}', "question 'q'"),
         ('{"q": [{"text": "x", "start": true, "end": 1, "score": 0, "probability": 1}]}', "question 'q'"),
+        ('{"q": [{"text": "x", "start": 0, "end": 2, "score": 0, "probability": 1}]}', "question 'q'"),
+        ('{"q": [], "q": []}', "the key 'q' stands twice"),
         ('{"q": ', "not JSON"),
     ],
 )
@@ -311,3 +334,18 @@ def test_reading_gives_what_was_written(tmp_path):
     write_answers(tmp_path, "eval", ["a", "b"], nbest)
     assert list(read_nbest(tmp_path / "eval_nbest_predictions.json").values()) == nbest
     assert not (tmp_path / "submission.csv").exists()
+
+
+def test_nothing_is_written_if_anything_is_refused(tmp_path, capsys):
+    one = member(tmp_path, "one", [(0, 1)], [1.0])
+    (tmp_path / "one/test_nbest_predictions.json").write_text("{")
+    with pytest.raises(SystemExit):
+        main([one, "--output_dir", str(tmp_path / "out")])
+    assert "not JSON" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_weights_without_a_finite_sum_are_refused(tmp_path, capsys):
+    runs = [member(tmp_path, name, [(0, 1)], [1.0]) for name in ("one", "two")]
+    with pytest.raises(SystemExit):
+        main([*runs, "--output_dir", str(tmp_path / "out"), "--weights", "1e308", "1e308"])
+    assert "--weights must be numbers from 0 on" in capsys.readouterr().err
