@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -20,6 +21,13 @@ class UserError(Exception):
 def printable(text: str) -> str:
     r"""`text` as UTF-8 can hold it: halves of surrogate pairs, from JSON or a file name, become `\udcff`."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def masked(text: str) -> str:
+    """`text` with tokens of the Hub blotted out, whether they look like one or are the one in use."""
+    own = os.environ.get("HF_TOKEN", "").strip()
+    text = text.replace(own, "***") if own else text
+    return re.sub(r"Bearer\s+[^\s'\"]+|hf_[A-Za-z0-9]{20,}", "***", text)
 
 
 def read_text(path: str | Path) -> str:
@@ -97,6 +105,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link_folder(source: Path, target: Path, ignore: Sequence[str]) -> None:
+    """Make `target` a copy of a folder, but for names like those in `ignore`, of hard links where there can be any."""
+
+    def link(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:  # other disks, file systems without links
+            shutil.copy2(file, place)
+
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*ignore), copy_function=link)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from files import UserError, printable, read_text
+from files import UserError, masked, printable, read_text
 
 
 def command(main: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[str] | None], Any]:
@@ -29,7 +29,7 @@ def command(main: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[s
             message = str(error)
         except OSError as error:  # a full disk, an unwritable folder
             message = f"{error.filename or 'input/output'}: {error.strerror or error}"
-        print(f"error: {printable(message)}", file=sys.stderr, flush=True)
+        print(f"error: {printable(masked(message))}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     return wrapper
