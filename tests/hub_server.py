@@ -126,6 +126,7 @@ class HubServer(ThreadingHTTPServer):
             "HF_HUB_DISABLE_XET": "1" if self.lfs else "0",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "PYTHONPATH": str(home),
+            "OMP_NUM_THREADS": "1",
         }
         return settings | ({"HF_TOKEN": token} if token else {"HF_TOKEN": ""})
 
