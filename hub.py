@@ -45,6 +45,7 @@ def open_repository(arguments: RunArguments, output_dir: Path) -> str | None:
     if arguments.process_index > 0:
         return name
     with explained(f"--push_to_hub: no access to the repository {name}", f"nothing in {output_dir} was changed"):
+        HfApi().whoami()  # of a repository that exists the next line says nothing about the token
         return HfApi().create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
 
 
