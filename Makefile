@@ -67,8 +67,10 @@ boss: $(VENV)/installed  ## the boss baseline: train the members of configs/boss
 		--output_dir outputs/$(basename $(notdir $(BOSS))) --dataset_name $(DATASET)
 
 push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/strong REPO=name/of-repository
-	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(or $(RUN),$(error RUN=outputs/... is missing)) . \
-		--exclude "checkpoint-*" --exclude training_args.bin --exclude run.json
+	@test -e "$(or $(RUN),$(error RUN=outputs/... is missing))/config.json" || { \
+		echo "error: $(RUN) holds no model that could be loaded (an ensemble is answers only): push its members" >&2; exit 2; }
+	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(RUN) . \
+		--exclude "checkpoint-*" --exclude ".*" --exclude run.json --exclude trainer_state.json --exclude training_args.bin
 
 clean:  ## delete the virtual environment, the sample and the demo's run; data/drcd and other runs stay
 	rm -rf $(VENV) data/sample outputs/demo

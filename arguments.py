@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -131,6 +132,11 @@ class RunArguments(TrainingArguments):
     load_best_model_at_end: bool = _option(True, "end with the model of the best evaluation, not of the last step")
     metric_for_best_model: str | None = _option("exact_match", "score that decides which model is best")
     logging_steps: float = _option(50, "steps between two lines of the training log")
+    hub_strategy: str = _option(
+        "end",
+        "what --push_to_hub uploads while training, beside the finished model: nothing (end), the model (every_save), "
+        "or what another machine goes on from by --resume_from_checkpoint last-checkpoint (checkpoint)",
+    )
     remove_unused_columns: bool = _option(False, "not used: the span search needs columns that the model does not")
 
     def __post_init__(self):
@@ -149,6 +155,8 @@ class RunArguments(TrainingArguments):
             if self.fp16 or self.fp16_full_eval:
                 logger.warning("fp16 needs a GPU and there is none: running in float32")
                 self.fp16 = self.fp16_full_eval = False
+        if self.hub_token:  # for every use of the Hub, and never written to a file of the run
+            os.environ["HF_TOKEN"], self.hub_token = self.hub_token, None
         self.save_between, self.save_between_steps = SaveStrategy.NO, self.save_steps
         if self.eval_strategy == "no":
             self.load_best_model_at_end = False

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,6 +27,13 @@ def printable(text: str) -> str:
 def one_line(text: str) -> str:
     r"""`text` with every character that is none to look at (a line end, half a surrogate pair) as `\n` or `\udcff`."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def masked(text: str) -> str:
+    """`text` with tokens of the Hub blotted out, whether they look like one or are the one in use."""
+    own = os.environ.get("HF_TOKEN", "").strip()
+    text = text.replace(own, "***") if own else text
+    return re.sub(r"Bearer\s+[^\s'\"]+|hf_[A-Za-z0-9]{20,}", "***", text)
 
 
 def read_text(path: str | Path) -> str:
@@ -111,6 +119,18 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
             with contextlib.suppress(OSError):  # somebody else has put something there
                 for parent in made:
                     parent.rmdir()
+
+
+def link_folder(source: Path, target: Path, ignore: Sequence[str]) -> None:
+    """Make `target` a copy of a folder, but for names like those in `ignore`, of hard links where there can be any."""
+
+    def link(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:  # other disks, file systems without links
+            shutil.copy2(file, place)
+
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*ignore), copy_function=link)
 
 
 def write_json(path: str | Path, value: Any) -> None:

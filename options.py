@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from files import UserError, one_line, read_text
+from files import UserError, masked, one_line, read_text
 
 
 def command(main: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[str] | None], Any]:
@@ -31,7 +31,7 @@ def command(main: Callable[[Sequence[str] | None], Any]) -> Callable[[Sequence[s
             message = str(error)
         except OSError as error:  # a full disk, an unwritable folder
             message = f"{error.filename or 'input/output'}: {error.strerror or error}"
-        print(f"error: {one_line(message)}", file=sys.stderr, flush=True)
+        print(f"error: {one_line(masked(message))}", file=sys.stderr, flush=True)
         raise SystemExit(2)
 
     return wrapper

@@ -8,7 +8,6 @@ Every answer is checked against its paragraph; a record that cannot be used stop
 
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from datasets import Features, List, Value
 from huggingface_hub import HfApi
 
 from files import UserError, printable, read_json, replacing_folder
+from hub_errors import explained
 from options import command, parse_options
 
 COURSE_FILES = {"train": "hw7_train.json", "validation": "hw7_dev.json", "test": "hw7_test.json"}
@@ -338,12 +338,10 @@ def card(sources: dict[str, list[Path]], table: str, folder: Path) -> str:
 
 def push(folder: Path, repository: str) -> None:
     """Upload the folder as a dataset repository. Raises UserError, without any token, if that fails."""
-    try:
+    kept = f"the local folder {folder} is kept, and the same command again pushes it"
+    with explained(f"not pushed to {repository}", kept):
         url = HfApi().create_repo(repository, repo_type="dataset", exist_ok=True)
         HfApi().upload_folder(repo_id=url.repo_id, repo_type="dataset", folder_path=folder)
-    except Exception as error:  # the Hub client's own errors, its HTTP library's, OSError, ValueError
-        reason = re.sub(r"Bearer\s+[^\s'\"]+|hf_\w+", "***", f"{type(error).__name__}: {' '.join(str(error).split())}")
-        raise UserError(f"not pushed to {repository}: {reason}; the local folder {folder} is kept") from None
     print(f"Pushed to {url}")
 
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+import hub
 import resume
 from arguments import RunArguments, RunOptions
 from card import write_card
@@ -43,6 +44,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     output_dir = choose_output_dir(options, arguments)
     dataset = load_splits(options, arguments)
     shaping = resume.shape(options, arguments, dataset["train"]) if "train" in arguments.steps else None
+    repository = hub.open_repository(arguments, output_dir)
+    if arguments.resume_from_checkpoint == hub.LAST and not Path(hub.LAST).is_dir():
+        arguments.resume_from_checkpoint = None
+        with arguments.main_process_first(desc="the checkpoint on the Hub"):
+            hub.fetch_run(repository or arguments.hub_model_id, output_dir, arguments.hub_revision)
     trained = is_trained(options, shaping, output_dir)
     results = read_results(output_dir)
 
@@ -51,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     layout = choose_layout(tokenizer, model, options.max_seq_length, options.max_question_length, options.doc_stride)
     features = {step: make_features(step, dataset, options, arguments, tokenizer, layout) for step in arguments.steps}
     trainer = make_trainer(options, arguments, dataset, features, tokenizer, model, layout)
+    if repository:
+        trainer.add_callback(hub.CheckpointPush(repository, arguments.hub_strategy))
 
     if "train" in features and not trained:
         results = train(trainer, output_dir, shaping, options.fresh_start)
@@ -58,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if step in arguments.steps:
             results |= answer(trainer, step, dataset[SPLIT_OF[step]], features[step], output_dir)
     if trainer.is_world_process_zero():
-        finish(options, arguments, results, dataset, output_dir, trainer)
+        finish(options, arguments, results, dataset, output_dir, trainer, repository)
+        if repository:
+            print(f"pushed to {hub.push_run(output_dir, repository, arguments.hub_revision)}")
     trainer.end()
 
 
@@ -248,11 +258,12 @@ def finish(
     dataset: DatasetDict,
     output_dir: Path,
     trainer: QuestionAnsweringTrainer,
+    repository: str | None,
 ) -> None:
     """Write `all_results.json` and the model card, and print what was written where, and the scores."""
     write_json(output_dir / "all_results.json", results)
     if "train" in arguments.steps:
-        write_card(output_dir, options, arguments, results, trainer.model.config.qa_windows)
+        write_card(output_dir, options, arguments, results, trainer.model.config.qa_windows, repository)
     print_summary(output_dir, arguments.steps, results, dataset)
 
 

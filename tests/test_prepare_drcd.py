@@ -403,9 +403,9 @@ def test_push_uploads_the_folder_with_its_card(prepare, monkeypatch):
 @pytest.mark.parametrize(
     "error",
     [
-        OSError("Token hf_abcSECRET is invalid"),
+        OSError("Token hf_abcdefghijklmnopqSECRET is invalid"),
         RuntimeError("Illegal header value b'Bearer SECRET\n'"),
-        HFValidationError("Repo id must be in the form 'name': 'hf_SECRET/a/b'"),
+        HFValidationError("Repo id must be in the form 'name': 'hf_SECRETabcdefghijklmnopq/a/b'"),
         ConnectionError(),
     ],
 )
