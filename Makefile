@@ -13,7 +13,7 @@ DATASET ?= data/drcd
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN_QA = $(BIN)/accelerate launch --quiet $(LAUNCH_ARGS) run_qa.py
 
-.PHONY: help setup sample demo ladder test lint data simple medium strong boss push clean
+.PHONY: help setup sample demo ladder test lint data simple medium strong boss push clean kills limits
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -41,6 +41,9 @@ ladder: sample  ## what each lever of the course buys, on the sample: about 10 m
 
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
+
+kills: $(VENV)/installed  ## kill training 25 times and resume it: the weights must be those of an undisturbed run
+	$(BIN)/python checks/kills.py $(ARGS)
 
 lint: $(VENV)/installed-dev  ## check style
 	$(BIN)/ruff check .

@@ -1,9 +1,11 @@
 """Files read with one clear error and written whole or not at all. Everything is UTF-8."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,52 +53,91 @@ def refuse_missing_folder(name: str, is_folder: bool = False) -> None:
         raise FileNotFoundError("there is no such folder")
 
 
+_NO_WRITING = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
+
+
+def failed_write(error: Exception) -> str | None:
+    """Why a file could not be written, as on a full disk or in an unwritable folder; None if `error` is another one.
+
+    Libraries in Rust (safetensors, tokenizers) raise errors of their own that end in `(os error 28)`; `torch.save`
+    raises a RuntimeError that may not even say so much.
+    """
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)) if error.errno in _NO_WRITING else None
+    if "(os error " in str(error):
+        return str(error)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("torch.serialization", "save"):
+            return "not all of a file could be written, as when the disk is full"
+    return None
+
+
+@contextmanager
+def naming_writes(path: str | Path) -> Iterator[None]:
+    """Raise UserError naming `path` in place of whatever a library raises that cannot write there."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := failed_write(error)) is None:
+            raise
+        raise UserError(
+            f"{path}: cannot be written: {reason}; what was there is kept: make room or choose another folder, and "
+            "give the same command again"
+        ) from error
+
+
 @contextmanager
 def replacing_file(path: str | Path, newline: str | None = None) -> Iterator[TextIO]:
     """A text file to write; `path` is replaced by it in one step when the block ends without an error.
 
-    Until then, and after an error, `path` is as it was. `newline` is `open`'s.
+    Until then, and after an error, `path` is as it was. `newline` is `open`'s. Raises UserError if it cannot be
+    written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", newline=newline) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from the user's group
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with naming_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8", newline=newline) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from the user's group
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to fill; it takes the place of `path` when the block ends without an error.
 
-    An older folder at `path` is deleted only after the new one stands. After an error `path` is as it was.
+    An older folder at `path` is deleted only after the new one stands. After an error `path` is as it was. Raises
+    UserError if it cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder; choose another place")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    new, old = temporary / "new", temporary / "old"
-    new.mkdir()
-    try:
-        yield new
-        if path.exists():
-            path.rename(old)
+    with naming_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
         try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            yield new
+            if path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:
