@@ -45,6 +45,9 @@ test: $(VENV)/installed-dev  ## run the tests
 kills: $(VENV)/installed  ## kill training 25 times and resume it: the weights must be those of an undisturbed run
 	$(BIN)/python checks/kills.py $(ARGS)
 
+limits: $(VENV)/installed  ## prepare 413,100 questions and answer 20,000 under memory limits: make limits COURSE_DATA=folder/of/hw7_dev.json
+	$(BIN)/python checks/limits.py $(if $(COURSE_DATA),--course_data $(COURSE_DATA)) $(ARGS)
+
 lint: $(VENV)/installed-dev  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -27,11 +27,13 @@ def printable(text: str) -> str:
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, a byte-order mark dropped. Raises UserError if it is missing or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            # Piece by piece: decoded whole, a file with one emoji takes 8 times its size before it is shrunk to fit.
+            return "".join(iter(lambda: file.read(2**20), ""))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text (byte {_first_undecodable(path)}); save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{path}: cannot be read: {error}") from None
 
@@ -145,6 +147,14 @@ def write_json(path: str | Path, value: Any) -> None:
     with replacing_file(path) as file:
         json.dump(value, file, ensure_ascii=False, indent=2)
         file.write("\n")
+
+
+def _first_undecodable(path: str | Path) -> int:
+    try:
+        Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0  # it was changed meanwhile
 
 
 def _umask() -> int:
