@@ -13,7 +13,7 @@ DATASET ?= data/drcd
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN_QA = $(BIN)/accelerate launch --quiet $(LAUNCH_ARGS) run_qa.py
 
-.PHONY: help setup sample demo ladder test fuzz lint data simple medium strong boss push clean
+.PHONY: help setup sample demo ladder bench test fuzz kills limits lint data simple medium strong boss push clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -44,6 +44,12 @@ test: $(VENV)/installed-dev  ## run the tests
 
 fuzz: $(VENV)/installed-dev  ## try bad and odd input on every script: make fuzz CASES=100000 (of each kind)
 	OMP_NUM_THREADS=1 $(BIN)/python checks/fuzz.py --cases $(or $(CASES),2000) --subprocesses $(or $(SUBPROCESSES),20) $(ARGS)
+
+kills: $(VENV)/installed  ## kill training 25 times and resume it: the weights must be those of an undisturbed run
+	$(BIN)/python checks/kills.py $(ARGS)
+
+limits: $(VENV)/installed  ## prepare 413,100 questions and answer 20,000 under memory limits: make limits COURSE_DATA=folder/of/hw7_dev.json
+	$(BIN)/python checks/limits.py $(if $(COURSE_DATA),--course_data $(COURSE_DATA)) $(ARGS)
 
 lint: $(VENV)/installed-dev  ## check style
 	$(BIN)/ruff check .

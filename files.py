@@ -1,11 +1,13 @@
 """Files read with one clear error and written whole or not at all. Everything is UTF-8."""
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +41,13 @@ def masked(text: str) -> str:
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, a byte-order mark dropped. Raises UserError if it is missing or not UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        with open(path, encoding="utf-8-sig") as file:
+            # Piece by piece: decoded whole, a file with one emoji takes 8 times its size before it is shrunk to fit.
+            return "".join(iter(lambda: file.read(2**20), ""))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text (byte {_first_undecodable(path)}); save it as UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{path}: cannot be read: {error}") from None
 
@@ -67,25 +71,62 @@ def refuse_missing_folder(name: str, is_folder: bool = False) -> None:
         raise FileNotFoundError("there is no such folder")
 
 
+_NO_WRITING = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO")}
+
+
+def failed_write(error: Exception) -> str | None:
+    """Why a file could not be written, as on a full disk or in an unwritable folder; None if `error` is another one.
+
+    Libraries in Rust (safetensors, tokenizers) raise errors of their own that end in `(os error 28)`; `torch.save`
+    raises a RuntimeError that may not even say so much.
+    """
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)) if error.errno in _NO_WRITING else None
+    if "(os error " in str(error):
+        return str(error)
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("torch.serialization", "save"):
+            return "not all of a file could be written, as when the disk is full"
+    return None
+
+
+@contextmanager
+def naming_writes(path: str | Path) -> Iterator[None]:
+    """Raise UserError naming `path` in place of whatever a library raises that cannot write there."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if (reason := failed_write(error)) is None:
+            raise
+        raise UserError(
+            f"{path}: cannot be written: {reason}; what was there is kept: make room or choose another folder, and "
+            "give the same command again"
+        ) from error
+
+
 @contextmanager
 def replacing_file(path: str | Path, newline: str | None = None) -> Iterator[TextIO]:
     """A text file to write; `path` is replaced by it in one step when the block ends without an error.
 
-    Until then, and after an error, `path` is as it was. `newline` is `open`'s.
+    Until then, and after an error, `path` is as it was. `newline` is `open`'s. Raises UserError if it cannot be
+    written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with open(handle, "w", encoding="utf-8", newline=newline) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from the user's group
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with naming_writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with open(handle, "w", encoding="utf-8", newline=newline) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's 0600 would hide the file from the user's group
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -93,32 +134,33 @@ def replacing_folder(path: str | Path) -> Iterator[Path]:
     """An empty folder to fill; it takes the place of `path` when the block ends without an error.
 
     An older folder at `path` is deleted only after the new one stands. After an error `path` is as it was, and folders
-    that were made to hold it are gone.
+    that were made to hold it are gone. Raises UserError if it cannot be written.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file, not a folder; choose another place")
-    made = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    new, old = temporary / "new", temporary / "old"
-    new.mkdir()
-    try:
-        yield new
-        if path.exists():
-            path.rename(old)
+    with naming_writes(path):
+        made = [parent for parent in path.parents if not parent.exists()]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        new, old = temporary / "new", temporary / "old"
+        new.mkdir()
         try:
-            new.rename(path)
-        except BaseException:
-            if old.exists():
-                old.rename(path)
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not path.exists():
-            with contextlib.suppress(OSError):  # somebody else has put something there
-                for parent in made:
-                    parent.rmdir()
+            yield new
+            if path.exists():
+                path.rename(old)
+            try:
+                new.rename(path)
+            except BaseException:
+                if old.exists():
+                    old.rename(path)
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not path.exists():
+                with contextlib.suppress(OSError):  # somebody else has put something there
+                    for parent in made:
+                        parent.rmdir()
 
 
 def link_folder(source: Path, target: Path, ignore: Sequence[str]) -> None:
@@ -153,6 +195,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
     return value
+
+
+def _first_undecodable(path: str | Path) -> int:
+    try:
+        Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return error.start
+    return 0  # it was changed meanwhile
 
 
 def _umask() -> int:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from safetensors import SafetensorError, safe_open
@@ -15,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from arguments import RunArguments, RunOptions
-from files import UserError, read_json, write_json
+from files import UserError, naming_writes, read_json, write_json
 
 logger = logging.get_logger(__name__)
 
@@ -53,6 +56,32 @@ def shape(options: RunOptions, arguments: RunArguments, train: Dataset) -> dict[
     )
     shaping["train_split"] = Hasher.hash([train[column][:] for column in ("id", "question", "context", "answers")])
     return json.loads(json.dumps(shaping, default=str))
+
+
+def require_one_folder(output_dir: Path, arguments: RunArguments) -> None:
+    """Raise UserError in every process unless all of them see the same `output_dir`, as machines do on a shared disk.
+
+    Each process decides by what lies there whether to train and what to go on from; all have to decide the same.
+    """
+    if arguments.world_size == 1:
+        return
+    probe: list[str | None] = [None]
+    if arguments.process_index == 0:
+        with naming_writes(output_dir):
+            output_dir.mkdir(parents=True, exist_ok=True)
+            handle, probe[0] = tempfile.mkstemp(dir=output_dir, prefix=".shared.")
+            os.close(handle)
+    broadcast_object_list(probe)
+    # Listed, not looked up: a network disk answers that from the server.
+    seen = gather_object([output_dir.is_dir() and Path(probe[0]).name in os.listdir(output_dir)])
+    if arguments.process_index == 0:
+        os.unlink(probe[0])
+    if not all(seen):
+        strangers = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise UserError(
+            f"{output_dir} is not one folder for all processes: number {strangers} of {len(seen)} (from 0) does not "
+            "see the first one's files; name a folder on a disk that all machines share"
+        )
 
 
 def is_finished(output_dir: Path, shaping: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ import hub
 import resume
 from arguments import RunArguments, RunOptions
 from card import write_card
-from files import UserError, read_json, write_json
+from files import UserError, naming_writes, read_json, write_json
 from model import choose_layout, load_model
 from options import command, parse_options
 from postprocess import Candidates, best_texts, merge_windows, nbest_lists, write_answers
@@ -42,6 +42,7 @@ logger = logging.get_logger("run_qa")
 def main(argv: Sequence[str] | None = None) -> None:
     options, arguments = parse_options((RunOptions, RunArguments), argv, __doc__)
     output_dir = choose_output_dir(options, arguments)
+    resume.require_one_folder(output_dir, arguments)
     dataset = load_splits(options, arguments)
     shaping = resume.shape(options, arguments, dataset["train"]) if "train" in arguments.steps else None
     repository = hub.open_repository(arguments, output_dir)
@@ -61,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.add_callback(hub.CheckpointPush(repository, arguments.hub_strategy))
 
     if "train" in features and not trained:
-        results = train(trainer, output_dir, shaping, options.fresh_start)
+        with naming_writes(output_dir):
+            results = train(trainer, output_dir, shaping, options.fresh_start)
     for step in ("eval", "predict"):
         if step in arguments.steps:
             results |= answer(trainer, step, dataset[SPLIT_OF[step]], features[step], output_dir)

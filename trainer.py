@@ -59,7 +59,10 @@ class _SaveBetween(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         steps = args.save_between_steps  # below 1: a share of all steps, as the Trainer has it
         steps = math.ceil(state.max_steps * steps) if steps < 1 else int(steps)
-        if args.save_between == SaveStrategy.STEPS and state.global_step % steps == 0:
+        # At an epoch's end the evaluation saves. A run killed between a save before it and its own, and resumed from
+        # the former, never makes up for the evaluation, and may end with another best model.
+        evaluated_next = args.eval_strategy == "epoch" and float(state.epoch).is_integer()
+        if args.save_between == SaveStrategy.STEPS and state.global_step % steps == 0 and not evaluated_next:
             control.should_save = True
 
     def on_epoch_end(self, args, state, control, **kwargs):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 import arguments
 import make_sample
@@ -80,6 +81,14 @@ def test_every_config_loads(path):
 def test_every_accelerate_config_is_known_to_accelerate(path):
     config = load_config_from_file(str(path))
     assert isinstance(config, ClusterConfig) and config.num_processes > 1
+    given = launch_command_parser().parse_args(["--config_file", str(path), "run_qa.py", "--seed", "3"])
+    launched, *_ = _validate_launch_command(given)
+    assert launched.multi_gpu and not launched.use_cpu and launched.mixed_precision == "no"
+    for name in ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"):
+        assert getattr(launched, name) == getattr(config, name), name
+    assert (launched.training_script, launched.training_script_args) == ("run_qa.py", ["--seed", "3"])
+    keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert keys.keys() <= ClusterConfig.__dataclass_fields__.keys()
 
 
 def test_make_alone_lists_the_targets():
