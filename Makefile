@@ -13,7 +13,7 @@ DATASET ?= data/drcd
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN_QA = $(BIN)/accelerate launch --quiet $(LAUNCH_ARGS) run_qa.py
 
-.PHONY: help setup sample demo ladder bench test fuzz kills limits lint data simple medium strong boss push clean
+.PHONY: help setup sample demo ladder bench test fuzz kills limits lint data simple medium strong boss push app report clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,8 +25,12 @@ $(VENV)/installed: requirements.txt constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+$(VENV)/installed-dev: requirements-dev.txt requirements-app.txt $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	touch $@
+
+$(VENV)/installed-app: requirements-app.txt $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-app.txt -c constraints.txt
 	touch $@
 
 sample: $(VENV)/installed  ## generate the sample, with a small untrained model: data/sample
@@ -77,6 +81,9 @@ push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/stron
 		echo "error: $(RUN) holds no model that could be loaded (an ensemble is answers only): push its members" >&2; exit 2; }
 	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(RUN) . \
 		--exclude "checkpoint-*" --exclude ".*" --exclude run.json --exclude trainer_state.json --exclude training_args.bin
+
+app: $(VENV)/installed-app  ## a web page to ask trained models: make app RUN=outputs/demo
+	$(BIN)/python app.py $(if $(RUN),--model_name_or_path $(RUN)) $(ARGS)
 
 clean:  ## delete the virtual environment, the sample and the demo's run; data/drcd and other runs stay
 	rm -rf $(VENV) data/sample outputs/demo

@@ -19,6 +19,28 @@ _FOR_SEARCH = ("example", "char_starts", "char_ends")  # columns of a batch that
 SPAN_CHOICES = {"joint": best_spans, "independent": independent_spans}
 
 
+def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the model takes of a batch of windows (`windows.Collator`)."""
+    return {name: value for name, value in batch.items() if name not in _FOR_SEARCH}
+
+
+def find_spans(
+    outputs: Any, batch: dict[str, torch.Tensor], span_choice: str, n_best_size: int, max_answer_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores and spans of a batch of windows as `postprocess.best_spans` returns them, from the model's outputs.
+
+    Raises UserError for logits that are not finite, whose order says nothing.
+    """
+    if not (outputs.start_logits.isfinite().all() and outputs.end_logits.isfinite().all()):
+        raise UserError(
+            "the model's logits are not finite: its training has diverged, lower --learning_rate; or they are too "
+            "large for fp16"
+        )
+    starts, ends = batch["char_starts"], batch["char_ends"]
+    search = SPAN_CHOICES[span_choice]
+    return search(outputs.start_logits, outputs.end_logits, starts, ends, n_best_size, max_answer_length)
+
+
 class EpochSampler(Sampler[int]):
     """Numbers `epoch * len(data) + row` of all rows in an order that depends on seed and epoch alone.
 
@@ -90,7 +112,7 @@ class QuestionAnsweringTrainer(Trainer):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        self.search = SPAN_CHOICES[span_choice]
+        self.span_choice = span_choice
         self.n_best_size = n_best_size
         self.max_answer_length = max_answer_length
         self.questions_a_row = questions_a_row
@@ -122,7 +144,7 @@ class QuestionAnsweringTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {name: value for name, value in inputs.items() if name not in _FOR_SEARCH}
+        inputs = model_inputs(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             right = (outputs.start_logits.argmax(dim=1) == inputs["start_positions"]) & (
@@ -133,26 +155,17 @@ class QuestionAnsweringTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
-        example, char_starts, char_ends = (inputs[name] for name in _FOR_SEARCH)
         labels = [inputs[name] for name in self.label_names if name in inputs]
         with torch.no_grad(), self.compute_loss_context_manager():
             if labels:
                 loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
                 loss = loss.detach().mean()
             else:
-                model_inputs = {name: value for name, value in inputs.items() if name not in _FOR_SEARCH}
-                loss, outputs = None, model(**model_inputs)
+                loss, outputs = None, model(**model_inputs(inputs))
         if prediction_loss_only:
             return loss, None, None
-        if not (outputs.start_logits.isfinite().all() and outputs.end_logits.isfinite().all()):
-            raise UserError(
-                "the model's logits are not finite: its training has diverged, lower --learning_rate; or they are too "
-                "large for fp16"
-            )
-        scores, spans = self.search(
-            outputs.start_logits, outputs.end_logits, char_starts, char_ends, self.n_best_size, self.max_answer_length
-        )
-        return loss, (example, scores, spans), tuple(labels) or None
+        scores, spans = find_spans(outputs, inputs, self.span_choice, self.n_best_size, self.max_answer_length)
+        return loss, (inputs["example"], scores, spans), tuple(labels) or None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # a training log: every process is here

@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 import arguments
+import inference
 import make_sample
 import options
 import postprocess
@@ -19,7 +20,8 @@ import prepare_drcd
 
 ROOT = Path(options.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```\n(.*?)```", README, flags=re.S)
+FENCED = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.S | re.M)
+BLOCKS = [block for language, block in FENCED if not language]
 COMMANDS = sorted({line.strip() for block in BLOCKS for line in block.splitlines() if line.strip()})
 IN_TEXT = re.findall(r"`(make [^`]*|python [^`]*|accelerate launch [^`]*)`", README)
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -57,6 +59,11 @@ def test_every_command_is_one(command, monkeypatch):
         options.parse_options((make_sample.SampleOptions,), flags, "")
     elif script == "postprocess.py":
         postprocess.parse_arguments(flags)
+    elif script == "inference.py":
+        inference.parse_arguments(flags)
+    elif script == "app.py":
+        pytest.importorskip("gradio")
+        __import__("app").parse_arguments(flags)
     else:
         assert script.startswith("benchmarks/") and (ROOT / script).exists(), command
 
@@ -93,7 +100,20 @@ def test_every_accelerate_config_is_known_to_accelerate(path):
 
 def test_make_alone_lists_the_targets():
     listed = subprocess.run(["make"], capture_output=True, text=True, cwd=ROOT).stdout
-    for target in ("setup", "demo", "test", "lint", "data", "simple", "medium", "strong", "boss", "push", "clean"):
+    for target in (
+        "setup",
+        "demo",
+        "test",
+        "lint",
+        "data",
+        "simple",
+        "medium",
+        "strong",
+        "boss",
+        "push",
+        "app",
+        "clean",
+    ):
         assert re.search(rf"^{target} ", listed, flags=re.M)
 
 
@@ -104,7 +124,7 @@ def test_every_option_of_the_project_has_help_and_there_are_not_too_many():
 
 
 def test_the_scripts_help_works(capsys):
-    for main in (__import__("run_qa").main, prepare_drcd.main, make_sample.main, postprocess.main):
+    for main in (__import__("run_qa").main, prepare_drcd.main, make_sample.main, postprocess.main, inference.main):
         with pytest.raises(SystemExit) as stop:
             main(["--help"])
         assert stop.value.code == 0
