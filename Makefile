@@ -13,7 +13,7 @@ DATASET ?= data/drcd
 export OMP_NUM_THREADS ?= $(shell getconf _NPROCESSORS_ONLN)
 RUN_QA = $(BIN)/accelerate launch --quiet $(LAUNCH_ARGS) run_qa.py
 
-.PHONY: help setup sample demo ladder test lint data simple medium strong boss push clean
+.PHONY: help setup sample demo ladder test lint data simple medium strong boss report push clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -62,6 +62,9 @@ boss: $(VENV)/installed  ## the boss baseline: train the members of configs/boss
 	set -e; for member in $(or $(MEMBERS),$(error $(BOSS) has no members)); do $(RUN_QA) --config $(BOSS) --member $$member --dataset_name $(DATASET) $(ARGS); done
 	$(BIN)/python postprocess.py $(foreach member,$(MEMBERS),outputs/$(basename $(notdir $(BOSS)))/$(member)) \
 		--output_dir outputs/$(basename $(notdir $(BOSS))) --dataset_name $(DATASET)
+
+report: $(VENV)/installed  ## a run's report.html and plots: make report RUN=outputs/strong OTHER=outputs/medium
+	$(BIN)/python report.py $(or $(RUN),$(error RUN=outputs/... is missing)) $(addprefix --compare ,$(OTHER)) $(ARGS)
 
 push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/strong REPO=name/of-repository
 	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(or $(RUN),$(error RUN=outputs/... is missing)) . \

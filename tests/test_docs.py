@@ -15,6 +15,7 @@ import make_sample
 import options
 import postprocess
 import prepare_drcd
+import report
 
 ROOT = Path(options.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -56,8 +57,16 @@ def test_every_command_is_one(command, monkeypatch):
         options.parse_options((make_sample.SampleOptions,), flags, "")
     elif script == "postprocess.py":
         postprocess.parse_arguments(flags)
+    elif script == "report.py":
+        report.parse_arguments(flags)
     else:
         assert script.startswith("benchmarks/") and (ROOT / script).exists(), command
+
+
+def test_contributing_maps_every_script():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lacking = [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text]
+    assert not lacking
 
 
 def test_every_file_named_in_the_readme_is_there():
@@ -84,7 +93,20 @@ def test_every_accelerate_config_is_known_to_accelerate(path):
 
 def test_make_alone_lists_the_targets():
     listed = subprocess.run(["make"], capture_output=True, text=True, cwd=ROOT).stdout
-    for target in ("setup", "demo", "test", "lint", "data", "simple", "medium", "strong", "boss", "push", "clean"):
+    for target in (
+        "setup",
+        "demo",
+        "test",
+        "lint",
+        "data",
+        "simple",
+        "medium",
+        "strong",
+        "boss",
+        "report",
+        "push",
+        "clean",
+    ):
         assert re.search(rf"^{target} ", listed, flags=re.M)
 
 
@@ -95,7 +117,7 @@ def test_every_option_of_the_project_has_help_and_there_are_not_too_many():
 
 
 def test_the_scripts_help_works(capsys):
-    for main in (__import__("run_qa").main, prepare_drcd.main, make_sample.main, postprocess.main):
+    for main in (__import__("run_qa").main, prepare_drcd.main, make_sample.main, postprocess.main, report.main):
         with pytest.raises(SystemExit) as stop:
             main(["--help"])
         assert stop.value.code == 0
