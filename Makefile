@@ -76,6 +76,9 @@ boss: $(VENV)/installed  ## the boss baseline: train the members of configs/boss
 	$(BIN)/python postprocess.py $(foreach member,$(MEMBERS),outputs/$(basename $(notdir $(BOSS)))/$(member)) \
 		--output_dir outputs/$(basename $(notdir $(BOSS))) --dataset_name $(DATASET)
 
+report: $(VENV)/installed  ## a run's report.html and plots: make report RUN=outputs/strong OTHER=outputs/medium
+	$(BIN)/python report.py $(or $(RUN),$(error RUN=outputs/... is missing)) $(addprefix --compare ,$(OTHER)) $(ARGS)
+
 push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/strong REPO=name/of-repository
 	@test -e "$(or $(RUN),$(error RUN=outputs/... is missing))/config.json" || { \
 		echo "error: $(RUN) holds no model that could be loaded (an ensemble is answers only): push its members" >&2; exit 2; }

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 
 class UserError(Exception):
@@ -107,8 +107,8 @@ def naming_writes(path: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def replacing_file(path: str | Path, newline: str | None = None) -> Iterator[TextIO]:
-    """A text file to write; `path` is replaced by it in one step when the block ends without an error.
+def replacing_file(path: str | Path, newline: str | None = None, binary: bool = False) -> Iterator[IO]:
+    """A UTF-8 text file, or a binary one, to write; `path` is replaced by it in one step when the block ends well.
 
     Until then, and after an error, `path` is as it was. `newline` is `open`'s. Raises UserError if it cannot be
     written.
@@ -118,7 +118,7 @@ def replacing_file(path: str | Path, newline: str | None = None) -> Iterator[Tex
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with open(handle, "w", encoding="utf-8", newline=newline) as file:
+            with open(handle, "wb") if binary else open(handle, "w", encoding="utf-8", newline=newline) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

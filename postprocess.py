@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for path in write_answers(arguments.output_dir, split, nbest, nbest.values()):
             print(f"wrote {path}")
     if scored is not None:
-        score_and_note(arguments.output_dir, references, scored)
+        score_and_note(arguments.output_dir, arguments.dataset_name, references, scored)
 
 
 def common_splits(runs: Sequence[Path]) -> list[str]:
@@ -338,11 +338,13 @@ def read_references(dataset_name: str) -> dict[str, list[str]]:
         raise UserError(f"--dataset_name {dataset_name}: no labelled validation split to be had: {reason}") from None
 
 
-def score_and_note(output_dir: Path, references: dict[str, list[str]], nbest: dict[str, list[dict]]) -> None:
-    """Score the answers by references, print the score and note it in `all_results.json`, beside what stands there."""
+def score_and_note(
+    output_dir: Path, dataset_name: str, references: dict[str, list[str]], nbest: dict[str, list[dict]]
+) -> None:
+    """Score the answers by a dataset's references, print the score and note both in `all_results.json`."""
     texts = [choose(candidate["text"] for candidate in candidates) for candidates in nbest.values()]
     scores = score_texts(texts, [references[id_] for id_ in nbest])
-    figures = {f"eval_{name}": value for name, value in scores.items()}
+    figures = {f"eval_{name}": value for name, value in scores.items()} | {"eval_dataset": dataset_name}
     write_json(output_dir / "all_results.json", read_results(output_dir) | figures)
     print(f"validation: exact match {scores['exact_match']:.5f}, F1 {scores['f1']:.5f}")
 

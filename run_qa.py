@@ -1,7 +1,8 @@
 """Fine-tune a model for Chinese extractive question answering, score it, and answer the test questions.
 
 Reads a dataset in the SQuAD schema (`prepare_drcd.py` makes one of the course files) and a model with a fast tokenizer;
-writes the trained model, predictions, n-best lists, `submission.csv` and `all_results.json` to the output folder.
+writes the trained model, predictions, n-best lists, `submission.csv`, `all_results.json` and `report.html` to the
+output folder.
 
     accelerate launch run_qa.py --model_name_or_path hfl/chinese-macbert-large
 """
@@ -30,6 +31,7 @@ from files import UserError, naming_writes, read_json, write_json
 from model import choose_layout, load_model
 from options import command, parse_options
 from postprocess import Candidates, best_texts, merge_windows, nbest_lists, write_answers
+from report import read_run, write_report
 from scoring import breakdown, breakdown_table, read_results, score_texts
 from splits import SPLIT_OF, load_splits
 from trainer import QuestionAnsweringTrainer
@@ -262,8 +264,12 @@ def finish(
     trainer: QuestionAnsweringTrainer,
     repository: str | None,
 ) -> None:
-    """Write `all_results.json` and the model card, and print what was written where, and the scores."""
+    """Write `all_results.json`, the model card and the report, and print what was written where, and the scores."""
+    if "eval" in arguments.steps:
+        results["eval_dataset"] = options.dataset_name  # report.py and postprocess.py find the questions there
     write_json(output_dir / "all_results.json", results)
+    if "eval" in arguments.steps:
+        write_report(read_run(output_dir), dataset["validation"])
     if "train" in arguments.steps:
         write_card(output_dir, options, arguments, results, trainer.model.config.qa_windows, repository)
     print_summary(output_dir, arguments.steps, results, dataset)
@@ -288,6 +294,7 @@ def print_summary(output_dir: Path, steps: Sequence[str], results: dict[str, flo
         "eval_predictions.json": "answers of the validation split (eval_nbest_predictions.json: the n best)",
         "test_predictions.json": "answers of the test split (test_nbest_predictions.json: the n best)",
         "submission.csv": "the submission",
+        "report.html": "scores, curves and wrong answers, to open in a browser",
     }
     for name, what in told.items():
         if (output_dir / name).exists():

@@ -16,6 +16,7 @@ from metrics.drcd.drcd import character_f1, exact_match
 
 Breakdown = dict[str, dict[str, dict[str, float]]]
 METRIC = Path(__file__).parent / "metrics" / "drcd"
+DIMENSIONS = ["source", "question asks", "answer length", "paragraph length"]
 
 # The course numbers its dev questions: text ones first, then their spoken twins, machine-read and recognised again.
 FIRST_SPOKEN, LAST_SPOKEN = 3115, 4130
@@ -58,41 +59,58 @@ def breakdown(examples: Dataset, texts: Sequence[str], windows: np.ndarray, whol
     holds the whole answer. Lengths are characters, of the first reference answer. Questions without references are left
     out, and so is a dimension with a single kind.
     """
-    answers = [row["text"] for row in examples["answers"]]
-    table = pd.DataFrame(
-        {
-            "source": spoken_kinds(examples),
-            "question asks": [question_kind(question) for question in examples["question"]],
-            "answer length": bands([len(found[0]) if found else 0 for found in answers], [2, 4, 8, 16]),
-            "paragraph length": bands([len(context) for context in examples["context"]], [100, 300, 400, 500, 700]),
-            "paragraph": np.where(windows == 1, "one window", "several windows"),
-            "answer": np.where(whole, "whole in a window", "across windows"),
-            "exact_match": [bool(gold) and exact_match(text, gold) for text, gold in zip(texts, answers, strict=True)],
-            "f1": [character_f1(text, gold) if gold else 0.0 for text, gold in zip(texts, answers, strict=True)],
-            # The same question and answer stand twice in the course's dev set: over a text and over its spoken twin.
-            "twin": list(zip(examples["question"], map(tuple, answers), strict=True)),
-        }
-    )[[bool(gold) for gold in answers]]
+    table = question_table(examples, texts)
+    table["paragraph"] = np.where(windows == 1, "one window", "several windows")
+    table["answer"] = np.where(whole, "whole in a window", "across windows")
+    table = table[table.labelled]
     rows = {}
-    for dimension in table.columns[:6]:
+    for dimension in [*DIMENSIONS, "paragraph", "answer"]:
         groups = table.groupby(dimension)
         if len(groups) > 1:
             rows[dimension] = {
                 str(kind): {"questions": len(own), "exact_match": own.exact_match.mean(), "f1": own.f1.mean()}
                 for kind, own in groups
             }
-    pairs = table[table.source == "text"].merge(table[table.source == "spoken"], on="twin")
-    if len(pairs):
-        outcome = pairs.exact_match_x.map({True: "text right, ", False: "text wrong, "}) + pairs.exact_match_y.map(
-            {True: "spoken right", False: "spoken wrong"}
-        )
-        rows["twins"] = {kind: {"questions": int(count)} for kind, count in outcome.value_counts().items()}
+    if twins := twin_outcomes(table):
+        rows["twins"] = {kind: {"questions": count} for kind, count in twins.items()}
     return rows
+
+
+def question_table(examples: Dataset, texts: Sequence[str]) -> pd.DataFrame:
+    """One row a question: its kind in each of `DIMENSIONS`, `exact_match`, `f1` of its answer in `texts`, `labelled`.
+
+    Lengths are characters, of the first reference answer. A question without references scores nothing. `twin` is the
+    same for the same question and answers, which stand twice in the course's dev set: over a text and its spoken twin.
+    """
+    answers = [row["text"] for row in examples["answers"][:]]
+    return pd.DataFrame(
+        {
+            "source": spoken_kinds(examples),
+            "question asks": [question_kind(question) for question in examples["question"][:]],
+            "answer length": bands([len(found[0]) if found else 0 for found in answers], [2, 4, 8, 16]),
+            "paragraph length": bands([len(context) for context in examples["context"][:]], [100, 300, 400, 500, 700]),
+            "exact_match": [bool(gold) and exact_match(text, gold) for text, gold in zip(texts, answers, strict=True)],
+            "f1": [character_f1(text, gold) if gold else 0.0 for text, gold in zip(texts, answers, strict=True)],
+            "labelled": [bool(gold) for gold in answers],
+            "twin": list(zip(examples["question"][:], map(tuple, answers), strict=True)),
+        }
+    )
+
+
+def twin_outcomes(table: pd.DataFrame) -> dict[str, int]:
+    """How often a question over a text and over its spoken twin was answered how; empty without such pairs."""
+    pairs = table[table.source == "text"].merge(table[table.source == "spoken"], on="twin")
+    if not len(pairs):
+        return {}
+    outcome = pairs.exact_match_x.map({True: "text right, ", False: "text wrong, "}) + pairs.exact_match_y.map(
+        {True: "spoken right", False: "spoken wrong"}
+    )
+    return {kind: int(count) for kind, count in outcome.value_counts().items()}
 
 
 def spoken_kinds(examples: Dataset) -> list[str | None]:
     """ "text" or "spoken" for every question where the course's numbering tells, else None for all."""
-    ids = [int(id_) if id_.isascii() and id_.isdigit() else LAST_SPOKEN + 1 for id_ in examples["id"]]
+    ids = [int(id_) if id_.isascii() and id_.isdigit() else LAST_SPOKEN + 1 for id_ in examples["id"][:]]
     if not ids or max(ids) > LAST_SPOKEN or max(ids) < FIRST_SPOKEN:
         return [None] * len(ids)
     return ["text" if number < FIRST_SPOKEN else "spoken" for number in ids]

@@ -17,6 +17,7 @@ import make_sample
 import options
 import postprocess
 import prepare_drcd
+import report
 
 ROOT = Path(options.__file__).parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -64,8 +65,16 @@ def test_every_command_is_one(command, monkeypatch):
     elif script == "app.py":
         pytest.importorskip("gradio")
         __import__("app").parse_arguments(flags)
+    elif script == "report.py":
+        report.parse_arguments(flags)
     else:
         assert script.startswith("benchmarks/") and (ROOT / script).exists(), command
+
+
+def test_contributing_maps_every_script():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lacking = [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text]
+    assert not lacking
 
 
 def test_every_file_named_in_the_readme_is_there():
@@ -112,6 +121,7 @@ def test_make_alone_lists_the_targets():
         "boss",
         "push",
         "app",
+        "report",
         "clean",
     ):
         assert re.search(rf"^{target} ", listed, flags=re.M)
@@ -124,7 +134,8 @@ def test_every_option_of_the_project_has_help_and_there_are_not_too_many():
 
 
 def test_the_scripts_help_works(capsys):
-    for main in (__import__("run_qa").main, prepare_drcd.main, make_sample.main, postprocess.main, inference.main):
+    scripts = ("run_qa", "prepare_drcd", "make_sample", "postprocess", "inference", "report")
+    for main in (__import__(name).main for name in scripts):
         with pytest.raises(SystemExit) as stop:
             main(["--help"])
         assert stop.value.code == 0

@@ -129,6 +129,8 @@ def test_a_run_writes_all_it_promises(place, trained):
     card = (trained / "README.md").read_text(encoding="utf-8")
     assert f"{results['eval_exact_match']:.5f}" in card and "exact_match" in card
     assert resume.stored_run(trained)["finished"]
+    assert results["eval_dataset"] == str(place / "data/drcd")
+    assert "<h2>Training</h2>" in (trained / "report.html").read_text(encoding="utf-8")
 
 
 def test_checkpoints_come_by_steps_as_well_as_epochs_and_the_best_is_kept(trained):
