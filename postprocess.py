@@ -418,7 +418,7 @@ def _drop_repeats(scores: torch.Tensor, spans: torch.Tensor) -> tuple[torch.Tens
 
 
 def _ordered_integers(scores: np.ndarray) -> np.ndarray:
-    """Whole numbers below 2 ** 31 in the order of float32 `scores`: what their bits are, sign apart. They sort faster."""
+    """Whole numbers below 2 ** 31 in the order of float32 `scores`, by their bits: they sort much faster."""
     bits = (scores + np.float32(0)).view(np.int32).astype(np.int64)  # + 0 makes -0 the 0 that it equals
     return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 

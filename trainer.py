@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from files import UserError
 from postprocess import best_spans, independent_spans
-from windows import TrainingWindows
+from windows import NO_LABEL, TrainingWindows
 
 _FOR_SEARCH = ("example", "char_starts", "char_ends")  # columns of a batch that the model does not take
 SPAN_CHOICES = {"joint": best_spans, "independent": independent_spans}
@@ -22,6 +22,21 @@ SPAN_CHOICES = {"joint": best_spans, "independent": independent_spans}
 def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the model takes of a batch of windows (`windows.Collator`)."""
     return {name: value for name, value in batch.items() if name not in _FOR_SEARCH}
+
+
+def span_loss(outputs: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean cross-entropy of an answer's first and last token over the tokens of its window.
+
+    The models' own loss lets padding take part, so that it depends on which rows share a batch.
+    """
+    padding = inputs["attention_mask"] == 0
+    losses = [
+        torch.nn.functional.cross_entropy(
+            logits.float().masked_fill(padding, -torch.inf), inputs[name], ignore_index=NO_LABEL
+        )
+        for logits, name in ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions"))
+    ]
+    return torch.stack(losses).mean()
 
 
 def find_spans(
@@ -145,7 +160,8 @@ class QuestionAnsweringTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = model_inputs(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
+        loss = span_loss(outputs, inputs)
         if model.training:
             right = (outputs.start_logits.argmax(dim=1) == inputs["start_positions"]) & (
                 outputs.end_logits.argmax(dim=1) == inputs["end_positions"]

@@ -20,6 +20,7 @@ Row of a feature dataset (token lists of one length, positions counted from the 
 
 import functools
 import itertools
+import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,9 +36,10 @@ from transformers import PreTrainedTokenizerBase
 
 from files import UserError
 
-NO_LABEL = 2**20  # beyond every sequence: the models' loss clamps it to its ignored index
+NO_LABEL = 2**20  # beyond every sequence; the loss leaves such rows out
 
 _TEXTS_AT_ONCE = 128
+_FIRST_MARK = 0x300  # no code point below is a combining mark
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 
 
@@ -209,7 +211,8 @@ def build_features(
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tokens:
     """The tokens of `texts`, whole and without special tokens.
 
-    White space at the edges of a token does not count as covered (SentencePiece puts it there).
+    White space at the edges of a token does not count as covered (SentencePiece puts it there); combining marks that
+    the tokenizer strips count as covered by the token before them.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -225,7 +228,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tokens
             offsets.append(_flat(itertools.chain.from_iterable(encoding.offsets for encoding in encodings)))
     none = np.empty(0, dtype=np.int32)
     of_text = np.repeat(np.arange(len(texts)), lengths)
-    char_starts, char_ends = _without_edge_spaces(np.concatenate([*offsets, none]).reshape(-1, 2), of_text, texts)
+    char_starts, char_ends = _tidy_edges(np.concatenate([*offsets, none]).reshape(-1, 2), of_text, texts)
     return Tokens(np.concatenate([*ids, none]), char_starts, char_ends, _bounds(lengths))
 
 
@@ -379,16 +382,25 @@ def _answer_tokens(
     return np.where(covered, first, -1), np.where(covered, last, -1), start, end, labelled
 
 
-def _without_edge_spaces(offsets: np.ndarray, text: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets [tokens, 2] of tokens of `texts[text]` with white space cut off both ends of what they cover."""
+def _tidy_edges(offsets: np.ndarray, text: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Offsets [tokens, 2] of tokens of `texts[text]`, with white space cut off both ends of what they cover, and with
+    the combining marks behind it that no token covers (stripped accents), which belong to the character before them."""
     starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
-    codes = np.frombuffer("".join(texts).encode("utf-32-le"), dtype=np.uint32)
-    space = np.append(np.isin(codes, _SPACES), False)
-    base = _bounds([len(t) for t in texts])[text]
+    codes = np.frombuffer("".join(f"{text}\0" for text in texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    base = _bounds([len(text) + 1 for text in texts])[text]
+    space = np.isin(codes, _SPACES)
     while (move := (starts < ends) & space[base + starts]).any():
         starts += move
     while (move := (starts < ends) & space[base + ends - 1]).any():
         ends -= move
+    marks = [code for code in np.unique(codes[codes >= _FIRST_MARK]) if unicodedata.category(chr(code))[0] == "M"]
+    if marks:
+        covered = np.cumsum(
+            np.bincount(base + starts, minlength=len(codes)) - np.bincount(base + ends, minlength=len(codes))
+        )
+        loose = np.isin(codes, marks) & (covered == 0)
+        while (move := (starts < ends) & loose[base + ends]).any():
+            ends += move
     return starts, ends
 
 

@@ -27,8 +27,7 @@ from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_
 from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.utils import logging
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import gpu
 import textbook
