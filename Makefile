@@ -43,6 +43,9 @@ demo: sample  ## train the small model on the sample, score it, answer its test 
 ladder: sample  ## what each lever of the course buys, on the sample: about 10 minutes on two cores
 	$(BIN)/python benchmarks/ladder.py $(ARGS)
 
+bench: sample  ## speed and memory against the textbook script: make bench ARGS="--dataset_name data/drcd --tokenizer bert-base-chinese"
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
 test: $(VENV)/installed-dev  ## run the tests
 	$(BIN)/python -m pytest -q $(ARGS)
 
@@ -83,7 +86,7 @@ push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/stron
 	@test -e "$(or $(RUN),$(error RUN=outputs/... is missing))/config.json" || { \
 		echo "error: $(RUN) holds no model that could be loaded (an ensemble is answers only): push its members" >&2; exit 2; }
 	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(RUN) . \
-		--exclude "checkpoint-*" --exclude ".*" --exclude run.json --exclude trainer_state.json --exclude training_args.bin
+		--exclude "checkpoint-*" --exclude ".*" --exclude "report*" --exclude run.json --exclude trainer_state.json --exclude training_args.bin
 
 app: $(VENV)/installed-app  ## a web page to ask trained models: make app RUN=outputs/demo
 	$(BIN)/python app.py $(if $(RUN),--model_name_or_path $(RUN)) $(ARGS)

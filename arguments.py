@@ -118,7 +118,7 @@ class RunArguments(TrainingArguments):
         "half precision: fp16, bf16, auto (bf16 where the GPU has it, fp16 on older ones, none on a CPU), or no",
         choices=["no", "auto", "bf16", "fp16"],
     )
-    per_device_eval_batch_size: int = _option(128, "windows a device evaluates at once")
+    per_device_eval_batch_size: int | None = _option(None, "windows a device evaluates at once (a GPU 32, a CPU 8)")
     learning_rate: float = _option(3e-5, "peak learning rate")
     num_train_epochs: float = _option(2.0, "passes over the training questions")
     warmup_steps: float = _option(0.1, "steps of rising learning rate; below 1: their share of all steps")
@@ -140,6 +140,8 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "not used: the span search needs columns that the model does not")
 
     def __post_init__(self):
+        if self.per_device_eval_batch_size is None:  # on a CPU, larger batches leave the cache and are slower
+            self.per_device_eval_batch_size = 32 if torch.accelerator.is_available() and not self.use_cpu else 8
         self.steps = [step for step in ("train", "eval", "predict") if getattr(self, f"do_{step}")]
         self._refuse()
         # The search needs every column, the score all rows at once.

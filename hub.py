@@ -26,8 +26,9 @@ _RUN_FILE = "run.json"  # of `resume`
 _STAGED = ".push-"
 # Of a checkpoint, what only its own run can use.
 _OF_THE_RUN = ["optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin"]
-# Of a run's folder, what is of no use to a reader, or names paths of this machine. `make push` names the same.
-NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", _RUN_FILE, "trainer_state.json", "training_args.bin"]
+# Of a run's folder, what is of no use to a reader, holds passages of the dataset, or names paths of this machine.
+# `make push` names the same.
+NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "report*", _RUN_FILE, "trainer_state.json", "training_args.bin"]
 
 
 def open_repository(arguments: RunArguments, output_dir: Path) -> str | None:

@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetsError
 
 from files import UserError, printable, read_json, replacing_file, write_json
 from options import Parser, command
-from scoring import read_results, score_texts
+from scoring import note_dataset, read_results, score_texts
 
 CANDIDATE = ("text", "start", "end", "score", "probability")  # the keys of one in an n-best file
 MISSING = -1  # the character offset of a candidate that is not there
@@ -341,11 +341,12 @@ def read_references(dataset_name: str) -> dict[str, list[str]]:
 def score_and_note(
     output_dir: Path, dataset_name: str, references: dict[str, list[str]], nbest: dict[str, list[dict]]
 ) -> None:
-    """Score the answers by a dataset's references, print the score and note both in `all_results.json`."""
+    """Score the answers by a dataset's references, print the score and note it in `all_results.json`."""
     texts = [choose(candidate["text"] for candidate in candidates) for candidates in nbest.values()]
     scores = score_texts(texts, [references[id_] for id_ in nbest])
-    figures = {f"eval_{name}": value for name, value in scores.items()} | {"eval_dataset": dataset_name}
+    figures = {f"eval_{name}": value for name, value in scores.items()}
     write_json(output_dir / "all_results.json", read_results(output_dir) | figures)
+    note_dataset(output_dir, dataset_name)
     print(f"validation: exact match {scores['exact_match']:.5f}, F1 {scores['f1']:.5f}")
 
 

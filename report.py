@@ -28,7 +28,7 @@ from files import UserError, read_json, replacing_file
 from metrics.drcd.drcd import exact_match
 from options import Parser, command
 from postprocess import choose, is_balanced, nbest_path, read_nbest
-from scoring import DIMENSIONS, question_table, read_results, twin_outcomes
+from scoring import DIMENSIONS, noted_dataset, question_table, twin_outcomes
 from splits import check_split, open_dataset
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     run = read_run(arguments.run)
     other = read_run(arguments.compare) if arguments.compare else None
-    examples = read_examples(arguments.dataset_name or scored_dataset(arguments.run))
+    examples = read_examples(arguments.dataset_name or noted_dataset(arguments.run))
     for path in [write_report(run, examples, other), *write_plots(run, examples, other)]:
         print(f"wrote {path}")
 
@@ -102,14 +102,6 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         {name: value for name, value in entry.items() if isinstance(value, int | float) and math.isfinite(value)}
         for entry in log
     ]
-
-
-def scored_dataset(folder: Path) -> str:
-    """The dataset by which a run's answers were scored. Raises UserError if `all_results.json` does not say."""
-    name = read_results(folder).get("eval_dataset")
-    if not isinstance(name, str):
-        raise UserError(f"{folder / 'all_results.json'} does not name the dataset; name it with --dataset_name")
-    return name
 
 
 def read_examples(dataset_name: str) -> Dataset:

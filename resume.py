@@ -119,7 +119,7 @@ def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool, processe
         for checkpoint in checkpoints(output_dir):
             shutil.rmtree(checkpoint)
     if stored is None:
-        for name in ("all_results.json", "README.md", "submission.csv", "*_predictions.json"):
+        for name in ("all_results.json", "README.md", "submission.csv", "*_predictions.json", "report*"):
             for path in output_dir.glob(name):
                 path.unlink()
         stored = {"finished": False, "options": shaping, "processes": []}

@@ -32,7 +32,7 @@ from model import choose_layout, load_model
 from options import command, parse_options
 from postprocess import Candidates, best_texts, merge_windows, nbest_lists, write_answers
 from report import read_run, write_report
-from scoring import breakdown, breakdown_table, read_results, score_texts
+from scoring import breakdown, breakdown_table, note_dataset, read_results, score_texts
 from splits import SPLIT_OF, load_splits
 from trainer import QuestionAnsweringTrainer
 from windows import Collator, Layout, TrainingWindows, split_features
@@ -265,10 +265,9 @@ def finish(
     repository: str | None,
 ) -> None:
     """Write `all_results.json`, the model card and the report, and print what was written where, and the scores."""
-    if "eval" in arguments.steps:
-        results["eval_dataset"] = options.dataset_name  # report.py and postprocess.py find the questions there
     write_json(output_dir / "all_results.json", results)
     if "eval" in arguments.steps:
+        note_dataset(output_dir, options.dataset_name)
         write_report(read_run(output_dir), dataset["validation"])
     if "train" in arguments.steps:
         write_card(output_dir, options, arguments, results, trainer.model.config.qa_windows, repository)

@@ -11,11 +11,12 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 
-from files import UserError, read_json
+from files import UserError, read_json, read_text, replacing_file
 from metrics.drcd.drcd import character_f1, exact_match
 
 Breakdown = dict[str, dict[str, dict[str, float]]]
 METRIC = Path(__file__).parent / "metrics" / "drcd"
+_DATASET_NOTE = ".eval_dataset"
 DIMENSIONS = ["source", "question asks", "answer length", "paragraph length"]
 
 # The course numbers its dev questions: text ones first, then their spoken twins, machine-read and recognised again.
@@ -50,6 +51,21 @@ def read_results(output_dir: Path) -> dict[str, Any]:
     if not isinstance(results, dict):
         raise UserError(f"{path}: not the figures of a run; delete it, or choose another --output_dir")
     return results
+
+
+def note_dataset(output_dir: Path, dataset_name: str) -> None:
+    """Note by which dataset the answers in `output_dir` were scored, in a hidden file: it may be a path, which is
+    nobody else's business where the folder is published."""
+    with replacing_file(output_dir / _DATASET_NOTE) as file:
+        file.write(dataset_name)
+
+
+def noted_dataset(output_dir: Path) -> str:
+    """The dataset of `note_dataset`. Raises UserError if there is no note."""
+    path = output_dir / _DATASET_NOTE
+    if not path.exists():
+        raise UserError(f"{output_dir}: it is not known by which dataset it was scored; name it with --dataset_name")
+    return read_text(path)
 
 
 def breakdown(examples: Dataset, texts: Sequence[str], windows: np.ndarray, whole: np.ndarray) -> Breakdown:

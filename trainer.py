@@ -59,11 +59,11 @@ def find_spans(
 class EpochSampler(Sampler[int]):
     """Numbers `epoch * len(data) + row` of all rows in an order that depends on seed and epoch alone.
 
-    With `mega_batch`, rows of like length come together: batches of that many rows are sorted by length.
+    With `batch`, rows of like length come together: of 50 random batches of so many rows each, the rows are sorted.
     """
 
-    def __init__(self, data: TrainingWindows, seed: int, shuffle: bool, mega_batch: int | None):
-        self.data, self.seed, self.shuffle, self.mega_batch = data, seed, shuffle, mega_batch
+    def __init__(self, data: TrainingWindows, seed: int, shuffle: bool, batch: int | None):
+        self.data, self.seed, self.shuffle, self.batch = data, seed, shuffle, batch
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -71,8 +71,9 @@ class EpochSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        if self.mega_batch:
-            order = get_length_grouped_indices(self.data.lengths.tolist(), self.mega_batch, generator=generator)
+        if self.batch:
+            lengths = self.data.lengths.tolist()
+            order = get_length_grouped_indices(lengths, self.batch, mega_batch_mult=50, generator=generator)
         elif self.shuffle:
             order = torch.randperm(len(self), generator=generator).tolist()
         else:
@@ -148,8 +149,8 @@ class QuestionAnsweringTrainer(Trainer):
         strategy = self.args.train_sampling_strategy
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        mega_batch = batch if strategy == "group_by_length" else None
-        sampler = EpochSampler(data, seed, shuffle=strategy != "sequential", mega_batch=mega_batch)
+        grouped = batch if strategy == "group_by_length" else None
+        sampler = EpochSampler(data, seed, shuffle=strategy != "sequential", batch=grouped)
         self.pop_callback(_Epochs)
         self.add_callback(_Epochs(sampler))
         return sampler

@@ -10,6 +10,8 @@ shape of macbert-large and rows about the device come on top.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import shutil
 import statistics
@@ -24,24 +26,34 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
-from transformers import BertConfig, BertForQuestionAnswering, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import gpu
 import textbook
 from decoding import load_tokenizer
+from gpu import gpu
 
 from arguments import RunArguments
 from files import write_json
-from postprocess import best_spans, merge_windows, nbest_lists, write_answers
+from postprocess import best_spans, best_texts, merge_windows, nbest_lists, write_answers
+from scoring import score_texts
 from trainer import QuestionAnsweringTrainer
 from windows import Collator, Layout, TrainingWindows, make_layout, split_features
 
 SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
 QUESTION, ROOM = 64, 512 - 64 - 3  # this project's lengths: 512 tokens, windows sharing 128
+LEARNING_SECONDS = 60
 NOTEBOOK = {"room": 150, "doc_stride": 37}  # the notebook's medium setting
 
 
@@ -56,8 +68,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(arguments, examples, tokenizer, model, Path(folder))
-        for measure in (features, spans, training, evaluation, memory, startup, gpu.rows):
-            if not arguments.only or measure.__name__ in arguments.only or measure.__module__ in arguments.only:
+        for measure in (features, spans, training, learning, evaluation, memory, startup, gpu):
+            if not arguments.only or measure.__name__ in arguments.only:
                 for row in measure(bench):
                     rows.append(row)
                     print(f"{row['name']:<64}{row['ratio']:>7.2f}x{row['ours']:>12.5g}{row['reference']:>12.5g}  "
@@ -75,7 +87,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds, of which the medians count")
     parser.add_argument("--questions", type=int, default=200, help="questions of training and evaluation")
     parser.add_argument("--num_proc", type=int, help="worker processes of the feature building (none)")
-    parser.add_argument("--only", nargs="*", help="features, spans, training, evaluation, memory, startup or gpu")
+    parser.add_argument(
+        "--only", nargs="*", help="features, spans, training, learning, evaluation, memory, startup, gpu"
+    )
     return parser.parse_args()
 
 
@@ -94,23 +108,32 @@ class Bench:
         self.model, self.folder = model.to(arguments.device), folder
         self.few = examples.shuffle(seed=0).select(range(min(arguments.questions, len(examples))))
 
+    root = Path(__file__).parent.parent
+
+    def row(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return row(*args, **kwargs)
+
     def layout(self, max_seq_length: int = 512) -> Layout:
         """This project's windows of so many tokens, sharing 128 as the reference's do."""
         return make_layout(self.tokenizer, max_seq_length, QUESTION, max_seq_length - QUESTION - 3 - 128)
 
-    def faster(self, name: str, unit: str, work: float, ours: Callable[[], Any], reference: Callable[[], Any]) -> dict:
-        """A row of `work` a second: medians of alternating rounds after one that does not count."""
-        times: dict[str, list[float]] = {"ours": [], "reference": []}
-        for number in range(self.arguments.rounds + 1):
-            for side, run in (("ours", ours), ("reference", reference)):
+    def seconds(self, runs: dict[str, Callable[[], Any]], rounds: int | None = None) -> dict[str, float]:
+        """Median seconds of each of `runs` over alternating rounds, after one that does not count."""
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for number in range((rounds or self.arguments.rounds) + 1):
+            for name, run in runs.items():
                 started = time.perf_counter()
                 run()
                 if self.arguments.device == "cuda":
                     torch.cuda.synchronize()
                 if number:
-                    times[side].append(time.perf_counter() - started)
-        figures = {side: work / statistics.median(values) for side, values in times.items()}
-        return row(name, unit, **figures)
+                    times[name].append(time.perf_counter() - started)
+        return {name: statistics.median(values) for name, values in times.items()}
+
+    def faster(self, name: str, work: float, ours: Callable[[], Any], reference: Callable[[], Any]) -> dict[str, Any]:
+        """A row of `work` questions a second."""
+        seconds = self.seconds({"ours": ours, "reference": reference})
+        return row(name, "questions/s", work / seconds["ours"], work / seconds["reference"])
 
 
 def row(name: str, unit: str, ours: float, reference: float, less_is_better: bool = False) -> dict[str, Any]:
@@ -140,7 +163,7 @@ def features(bench: Bench) -> list[dict]:
                             fn_kwargs={"tokenizer": tokenizer}, load_from_cache_file=False)  # fmt: skip
 
     return [
-        bench.faster(f"features, {kind}, {length} tokens", "questions/s", len(examples),
+        bench.faster(f"features, {kind}, {length} tokens", len(examples),
                      lambda length=length, labels=labels: build(length, labels),
                      lambda function=function: reference(function))
         for kind, labels, function in (
@@ -156,13 +179,17 @@ def spans(bench: Bench) -> list[dict]:
     examples = bench.examples.select(range(min(1000, len(bench.examples))))
     rows = split_features(examples, bench.tokenizer, bench.layout(textbook.MAX_LENGTH), "stride", True)
     rows = rows.sort("length", reverse=True).with_format("numpy")
-    collate, size = Collator(bench.tokenizer), RunArguments(output_dir=str(bench.folder)).per_device_eval_batch_size
-    batches = [collate(rows.__getitems__(list(range(i, min(i + size, len(rows)))))) for i in range(0, len(rows), size)]
     device = torch.device(bench.arguments.device)
-    for batch in batches:
-        for name in ("start", "end"):
-            batch[f"{name}_logits"] = peaked(batch["attention_mask"].shape[1], batch[f"{name}_positions"].numpy())
-        batch |= {name: values.to(device) for name, values in batch.items()}
+
+    def batches_of(size: int) -> list[dict[str, torch.Tensor]]:
+        found = []
+        for first in range(0, len(rows), size):
+            batch = Collator(bench.tokenizer)(rows.__getitems__(list(range(first, min(first + size, len(rows))))))
+            for name in ("start", "end"):
+                positions = batch[f"{name}_positions"].numpy()
+                batch[f"{name}_logits"] = peaked(batch["attention_mask"].shape[1], positions)
+            found.append({name: values.to(device) for name, values in batch.items()})
+        return found
 
     def map_textbook(function: Callable) -> Dataset:
         return examples.map(function, batched=True, remove_columns=examples.column_names,
@@ -172,7 +199,7 @@ def spans(bench: Bench) -> list[dict]:
     table = map_textbook(textbook.evaluation_features)
     logits = tuple(peaked(textbook.MAX_LENGTH, labels[f"{name}_positions"][:]).numpy() for name in ("start", "end"))
 
-    def candidates() -> Any:
+    def candidates(batches: list[dict[str, torch.Tensor]]) -> Any:
         found = [
             (batch["example"], *best_spans(batch["start_logits"], batch["end_logits"], batch["char_starts"],
                                            batch["char_ends"], textbook.N_BEST, textbook.MAX_ANSWER))
@@ -181,18 +208,21 @@ def spans(bench: Bench) -> list[dict]:
         arrays = [np.concatenate([part.cpu().numpy() for part in parts]) for parts in zip(*found, strict=True)]
         return merge_windows(*arrays, len(examples), textbook.N_BEST)
 
-    def files() -> None:
-        write_answers(bench.folder, "eval", examples["id"], nbest_lists(candidates(), examples["context"]))
+    def files(batches: list[dict[str, torch.Tensor]]) -> None:
+        write_answers(bench.folder, "eval", examples["id"], nbest_lists(candidates(batches), examples["context"]))
 
     def reference_files() -> None:
         textbook.write_predictions(bench.folder, textbook.search_spans(examples, table, logits))
 
-    count = len(examples)
-    return [
-        bench.faster("spans, logits to candidates", "questions/s", count, candidates,
-                     lambda: textbook.search_spans(examples, table, logits)),
-        bench.faster("spans, logits to written files", "questions/s", count, files, reference_files),
-    ]  # fmt: skip
+    def reference() -> None:
+        textbook.search_spans(examples, table, logits)
+
+    found = []
+    for size in (256, RunArguments(output_dir=str(bench.folder)).per_device_eval_batch_size):
+        for name, ours, theirs in (("candidates", candidates, reference), ("written files", files, reference_files)):
+            run = functools.partial(ours, batches_of(size))
+            found.append(bench.faster(f"spans, logits to {name}, {size} windows a batch", len(examples), run, theirs))
+    return found
 
 
 def peaked(width: int, positions: np.ndarray) -> torch.Tensor:
@@ -203,35 +233,109 @@ def peaked(width: int, positions: np.ndarray) -> torch.Tensor:
 
 
 def training(bench: Bench) -> list[dict]:
-    """Steps of the Trainer in equal precision: all windows on both sides, and one random window a question."""
-    count = len(bench.few)
-    reference_rows = bench.few.map(
-        textbook.training_features, batched=True, remove_columns=bench.few.column_names,
+    """An epoch of the Trainer in equal precision: all windows on both sides, and one random window a question.
+
+    On a CPU with one layer of bert-base and half the questions: in narrow models, the random numbers of the attention's
+    dropout cost as much as the matrix products, which they do in no model that one would use.
+    """
+    cuda = bench.arguments.device == "cuda"
+    model = bench.model if cuda else make_model(bench.tokenizer, BASE | {"num_hidden_layers": 1})
+    few = bench.few if cuda else bench.few.select(range(-(-len(bench.few) // 2)))
+    reference_rows = few.map(
+        textbook.training_features, batched=True, remove_columns=few.column_names,
         fn_kwargs={"tokenizer": bench.tokenizer},
     )  # fmt: skip
-    reference = textbook.make_trainer(bench.model, training_arguments(bench, TrainingArguments), reference_rows)
-    found = []
-    for name, windows in (("all windows", "stride"), ("one random window", "random")):
-        rows = split_features(bench.few, bench.tokenizer, bench.layout(), windows, True)
+    reference = textbook.make_trainer(model, training_arguments(bench, TrainingArguments), reference_rows)
+    trainers = {"reference": reference}
+    for windows in ("stride", "random"):
+        rows = split_features(few, bench.tokenizer, bench.layout(), windows, True)
         data = TrainingWindows(rows, bench.layout(), seed=0, negative_window_ratio=0.1)
         own = training_arguments(bench, RunArguments, train_sampling_strategy="group_by_length", eval_strategy="no")
-        trainer = QuestionAnsweringTrainer(
-            bench.model, own, Collator(bench.tokenizer, own.pad_to_multiple_of), data, n_best_size=20,
-            max_answer_length=50,
-        )  # fmt: skip
-        found.append(
-            bench.faster(f"training, 512 tokens, {name}", "questions/s", count, trainer.train, reference.train)
+        trainers[windows] = own_trainer(model, bench.tokenizer, own, data)
+    seconds = bench.seconds({name: quiet(trainer) for name, trainer in trainers.items()}, rounds=3)
+    rates = {name: len(few) / value for name, value in seconds.items()}
+    return [
+        row(f"training, 512 tokens, {name}", "questions/s", rates[windows], rates["reference"])
+        for name, windows in (("all windows", "stride"), ("one random window", "random"))
+    ]
+
+
+def learning(bench: Bench) -> list[dict]:
+    """Dev exact match after a minute of training, one random window a question against all windows, padded.
+
+    The generated sample's model from random weights at the demo's rate, held constant; windows of 128 tokens
+    on both sides.
+    """
+    folder = Path("data/sample")
+    sample, tokenizer = load_dataset(str(folder / "dataset")), load_tokenizer(str(folder / "model"))
+    layout = make_layout(tokenizer, 128, 16, 64)
+    common = {"learning_rate": 1.5e-3, "lr_scheduler_type": "constant", "per_device_train_batch_size": 32,
+              "num_train_epochs": 1000}  # fmt: skip
+    found = {}
+    for side in ("ours", "reference"):
+        set_seed(0)
+        model = BertForQuestionAnswering.from_pretrained(folder / "model")
+        if side == "ours":
+            rows = split_features(sample["train"], tokenizer, layout, "random", True)
+            data = TrainingWindows(rows, layout, seed=0, negative_window_ratio=0.1)
+            trainer = own_trainer(
+                model, tokenizer, training_arguments(bench, RunArguments, eval_strategy="no", **common), data
+            )
+        else:
+            lengths = {"tokenizer": tokenizer, "max_length": 128, "overlap": 48}
+            rows = sample["train"].map(textbook.training_features, batched=True, fn_kwargs=lengths,
+                                       remove_columns=sample["train"].column_names)  # fmt: skip
+            trainer = textbook.make_trainer(model, training_arguments(bench, TrainingArguments, **common), rows)
+        trainer.add_callback(StopAfter(LEARNING_SECONDS))
+        quiet(trainer)()
+        rows = split_features(sample["validation"], tokenizer, layout, "stride", False)
+        answers = own_trainer(model, tokenizer, training_arguments(bench, RunArguments, eval_strategy="no"), None)
+        candidates = merge_windows(
+            *answers.predict(rows.with_format("numpy")).predictions, len(sample["validation"]), 20
         )
-    return found
+        texts = best_texts(candidates, sample["validation"]["context"])
+        found[side] = score_texts(texts, [gold["text"] for gold in sample["validation"]["answers"]])["exact_match"]
+    return [row(f"dev exact match on the sample after {LEARNING_SECONDS} s of training", "exact match", **found)]
+
+
+class StopAfter(TrainerCallback):
+    """Ends training after so many seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.end = time.perf_counter() + self.seconds
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = time.perf_counter() > self.end
+
+
+def own_trainer(
+    model: BertForQuestionAnswering, tokenizer: PreTrainedTokenizerBase, own: RunArguments, data: Any
+) -> QuestionAnsweringTrainer:
+    """This project's Trainer over training rows."""
+    collate = Collator(tokenizer, own.pad_to_multiple_of)
+    return QuestionAnsweringTrainer(model, own, collate, data, n_best_size=20, max_answer_length=50)
+
+
+def quiet(trainer: Any) -> Callable[[], None]:
+    """Its training, without the figures that the Trainer prints at the end."""
+
+    def run() -> None:
+        with contextlib.redirect_stdout(None):
+            trainer.train()
+
+    return run
 
 
 def training_arguments(bench: Bench, kind: type[TrainingArguments], **more: Any) -> TrainingArguments:
     """One epoch without checkpoints or logs, the same batch and precision for both sides."""
     half = {"bf16": True} if bench.arguments.device == "cuda" else {}
+    usual = {"num_train_epochs": 1, "per_device_train_batch_size": 8, "learning_rate": 1e-5}
     return kind(
-        output_dir=str(bench.folder), num_train_epochs=1, per_device_train_batch_size=8, save_strategy="no",
-        logging_strategy="no", report_to=[], disable_tqdm=True, learning_rate=1e-5, dataloader_pin_memory=False,
-        **half, **more,
+        output_dir=str(bench.folder), save_strategy="no", logging_strategy="no", report_to=[], disable_tqdm=True,
+        log_level="error", dataloader_pin_memory=False, **half, **(usual | more),
     )  # fmt: skip
 
 
@@ -241,16 +345,12 @@ def evaluation(bench: Bench) -> list[dict]:
     few = bench.few.remove_columns("answers")
     rows = split_features(few, bench.tokenizer, bench.layout(), "stride", False)
     rows = rows.sort("length", reverse=True).with_format("numpy")
-    own = training_arguments(bench, RunArguments, eval_strategy="no")
-    ours = QuestionAnsweringTrainer(
-        bench.model, own, Collator(bench.tokenizer, own.pad_to_multiple_of), n_best_size=20, max_answer_length=50
-    )
+    ours = own_trainer(bench.model, bench.tokenizer, training_arguments(bench, RunArguments, eval_strategy="no"), None)
     table = few.map(
         textbook.evaluation_features, batched=True, remove_columns=few.column_names,
         fn_kwargs={"tokenizer": bench.tokenizer},
     )  # fmt: skip
-    plain = training_arguments(bench, TrainingArguments, per_device_eval_batch_size=own.per_device_eval_batch_size)
-    reference = textbook.make_trainer(bench.model, plain)
+    reference = textbook.make_trainer(bench.model, training_arguments(bench, TrainingArguments))
     notebook = textbook.NotebookQuestions(few, bench.tokenizer, **NOTEBOOK)
 
     def answer() -> None:
@@ -259,9 +359,9 @@ def evaluation(bench: Bench) -> list[dict]:
         write_answers(bench.folder, "test", few["id"], nbest_lists(candidates, few["context"]))
 
     return [
-        bench.faster("evaluation, against batches of padded windows", "questions/s", count, answer,
+        bench.faster("evaluation, against batches of padded windows", count, answer,
                      lambda: textbook.evaluate(reference, few, table, bench.folder)),
-        bench.faster("evaluation, against one question at a time (150, stride 37)", "questions/s", count, answer,
+        bench.faster("evaluation, against one question at a time (150, stride 37)", count, answer,
                      lambda: textbook.notebook_answers(bench.model, bench.tokenizer, notebook)),
     ]  # fmt: skip
 

@@ -260,7 +260,6 @@ def test_scoring_a_run_again_keeps_its_other_figures(tmp_path, capsys):
         "train_loss": 1.5,
         "eval_exact_match": 1.0,
         "eval_f1": 1.0,
-        "eval_dataset": str(tmp_path / "data"),
     }
     with pytest.raises(SystemExit):
         main([one, "--dataset_name", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "out")])

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 from scipy import stats
 
 import report
+import scoring
 from files import UserError
 
 EVIL = '</script><img src=x onerror="document.title=1"><!-- 《書》\u2028 & \'"'
@@ -60,7 +61,7 @@ def make_run(folder, candidates, dataset=None, history=None):
     nbest = {str(number): found for number, found in enumerate(candidates)}
     (folder / "eval_nbest_predictions.json").write_text(json.dumps(nbest, ensure_ascii=False), encoding="utf-8")
     if dataset:
-        (folder / "all_results.json").write_text(json.dumps({"eval_dataset": str(dataset)}))
+        scoring.note_dataset(folder, str(dataset))
     if history:
         (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     return folder

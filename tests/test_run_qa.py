@@ -19,6 +19,7 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer, CanineCon
 import prepare_drcd
 import resume
 import run_qa
+import scoring
 import splits
 from postprocess import choose
 
@@ -129,7 +130,7 @@ def test_a_run_writes_all_it_promises(place, trained):
     card = (trained / "README.md").read_text(encoding="utf-8")
     assert f"{results['eval_exact_match']:.5f}" in card and "exact_match" in card
     assert resume.stored_run(trained)["finished"]
-    assert results["eval_dataset"] == str(place / "data/drcd")
+    assert scoring.noted_dataset(trained) == str(place / "data/drcd")
     assert "<h2>Training</h2>" in (trained / "report.html").read_text(encoding="utf-8")
 
 
