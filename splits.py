@@ -90,13 +90,13 @@ def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dat
     """The split with string ids, at most `limit` rows, and for training only the questions with an answer."""
     needed = ["id", "question", "context", *(["answers"] if split != "test" else [])]
     # A column that one of several splits lacks is opened as one of nothing but None.
-    lacking = [name for name in needed if name not in rows.column_names or (len(rows) and None in rows[name][:])]
+    lacking = [name for name in needed if name not in rows.column_names or has_gaps(rows, name)]
     if lacking:
         raise UserError(f"{where}: lacks the column {lacking[0]!r}, or a value in it; needed are {', '.join(needed)}")
     rows = rows.select(range(min(limit or len(rows), len(rows))))
     if len(rows) == 0:
         raise UserError(f"{where}: is empty")
-    if split == "test" and "answers" in rows.column_names and None in rows["answers"][:]:
+    if split == "test" and "answers" in rows.column_names and has_gaps(rows, "answers"):
         rows = rows.remove_columns("answers")  # other splits have the column, this one's file does not
     for row in rows:
         if reason := unusable(row):
@@ -114,6 +114,12 @@ def check_split(rows: Dataset, split: str, where: str, limit: int | None) -> Dat
         logger.warning(f"{where}: {len(rows) - len(labelled)} questions without an answer are left out of training")
         rows = rows.select(labelled)
     return rows
+
+
+def has_gaps(rows: Dataset, name: str) -> bool:
+    """Whether a column lacks a value anywhere; its texts are not loaded at once."""
+    batches = rows.select_columns(name).with_format("arrow").iter(1000)
+    return any(batch[name].null_count for batch in batches)
 
 
 def unusable(row: dict[str, Any]) -> str | None:

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 ROOT = Path(__file__).parent.parent
 PREPARED, ANSWERED = 413_100, 20_000  # questions
-PREPARE_LIMIT, ANSWER_LIMIT = 2048, 2048  # MiB
+PREPARE_LIMIT, ANSWER_LIMIT = 4096, 2048  # MiB
 WINDOWS = ["--max_seq_length", "128", "--max_question_length", "32", "--n_best_size", "20"]
 
 
