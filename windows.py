@@ -39,7 +39,6 @@ from files import UserError
 NO_LABEL = 2**20  # beyond every sequence; the loss leaves such rows out
 
 _TEXTS_AT_ONCE = 128
-_FIRST_MARK = 0x300  # no code point below is a combining mark
 _SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
 
 
@@ -386,14 +385,15 @@ def _tidy_edges(offsets: np.ndarray, text: np.ndarray, texts: Sequence[str]) -> 
     """Offsets [tokens, 2] of tokens of `texts[text]`, with white space cut off both ends of what they cover, and with
     the combining marks behind it that no token covers (stripped accents), which belong to the character before them."""
     starts, ends = offsets[:, 0].copy(), offsets[:, 1].copy()
-    codes = np.frombuffer("".join(f"{text}\0" for text in texts).encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+    joined = "".join(f"{text}\0" for text in texts)
+    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     base = _bounds([len(text) + 1 for text in texts])[text]
     space = np.isin(codes, _SPACES)
     while (move := (starts < ends) & space[base + starts]).any():
         starts += move
     while (move := (starts < ends) & space[base + ends - 1]).any():
         ends -= move
-    marks = [code for code in np.unique(codes[codes >= _FIRST_MARK]) if unicodedata.category(chr(code))[0] == "M"]
+    marks = [ord(char) for char in set(joined) if unicodedata.category(char)[0] == "M"]
     if marks:
         covered = np.cumsum(
             np.bincount(base + starts, minlength=len(codes)) - np.bincount(base + ends, minlength=len(codes))

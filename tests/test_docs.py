@@ -71,6 +71,20 @@ def test_every_command_is_one(command, monkeypatch):
         assert script.startswith("benchmarks/") and (ROOT / script).exists(), command
 
 
+def test_both_languages_of_the_readme_hold_the_same_commands_figures_and_links():
+    other = (ROOT / "README.zh-TW.md").read_text(encoding="utf-8")
+    assert re.findall(r"^```.*?^```$", other, flags=re.S | re.M) == re.findall(
+        r"^```.*?^```$", README, flags=re.S | re.M
+    )
+    in_text = re.compile(r"`((?:make |python |accelerate launch |--)[^`]*)`")
+    assert {" ".join(text.split()) for text in in_text.findall(other)} == {
+        " ".join(text.split()) for text in in_text.findall(README)
+    }
+    for pattern in (r"\]\(((?!README)[^)]*)\)", r"\d\.\d{3,}"):
+        assert sorted(re.findall(pattern, other)) == sorted(re.findall(pattern, README))
+    assert len(re.findall("^#", other, flags=re.M)) == len(re.findall("^#", README, flags=re.M))
+
+
 def test_contributing_maps_every_script():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     lacking = [path.name for path in ROOT.glob("*.py") if f"`{path.name}`" not in text]
