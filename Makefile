@@ -86,7 +86,7 @@ push: $(VENV)/installed  ## upload a run to the Hub: make push RUN=outputs/stron
 	@test -e "$(or $(RUN),$(error RUN=outputs/... is missing))/config.json" || { \
 		echo "error: $(RUN) holds no model that could be loaded (an ensemble is answers only): push its members" >&2; exit 2; }
 	$(BIN)/hf upload $(or $(REPO),$(error REPO=name/of-repository is missing)) $(RUN) . \
-		--exclude "checkpoint-*" --exclude ".*" --exclude "report*" --exclude run.json --exclude trainer_state.json --exclude training_args.bin
+		--exclude "checkpoint-*" --exclude ".*" --exclude "report*" --exclude "runs/*" --exclude run.json --exclude trainer_state.json --exclude training_args.bin
 
 app: $(VENV)/installed-app  ## a web page to ask trained models: make app RUN=outputs/demo
 	$(BIN)/python app.py $(if $(RUN),--model_name_or_path $(RUN)) $(ARGS)

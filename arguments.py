@@ -113,9 +113,10 @@ class RunArguments(TrainingArguments):
     """
 
     output_dir: str | None = _option(None, "folder of the run (outputs/ and the name of the config or model)")
-    mixed_precision: str = _option(
-        "no",
-        "half precision: fp16, bf16, auto (bf16 where the GPU has it, fp16 on older ones, none on a CPU), or no",
+    mixed_precision: str | None = _option(
+        None,
+        "half precision: fp16, bf16, auto (bf16 where the GPU has it, fp16 on older ones, none on a CPU; --fp16 and "
+        "--bf16 win over it), or no",
         choices=["no", "auto", "bf16", "fp16"],
     )
     per_device_eval_batch_size: int | None = _option(None, "windows a device evaluates at once (a GPU 32, a CPU 8)")
@@ -148,10 +149,10 @@ class RunArguments(TrainingArguments):
         self.remove_unused_columns = self.batch_eval_metrics = False
         self.eval_do_concat_batches = True
         self.output_dir = self.output_dir or ""  # None would become the Trainer's own "trainer_output"
-        if self.mixed_precision == "auto" and not self.use_cpu and torch.accelerator.is_available():
-            self.mixed_precision = "bf16" if has_bf16() else "fp16"
-        self.fp16 = self.fp16 or self.mixed_precision == "fp16"
-        self.bf16 = self.bf16 or self.mixed_precision == "bf16"
+        if self.mixed_precision in ("no", "fp16", "bf16"):
+            self.fp16, self.bf16 = self.mixed_precision == "fp16", self.mixed_precision == "bf16"
+        elif self.mixed_precision and not (self.fp16 or self.bf16 or self.use_cpu) and torch.accelerator.is_available():
+            self.fp16, self.bf16 = not has_bf16(), has_bf16()
         if self.use_cpu or not torch.accelerator.is_available():
             self.use_cpu = True  # without it, the processes of a `torchrun` on CPUs do not know of each other
             if self.fp16 or self.fp16_full_eval:
@@ -185,6 +186,8 @@ class RunArguments(TrainingArguments):
         scores = ("exact_match", "f1", "loss")
         if (self.metric_for_best_model or "loss").removeprefix("eval_") not in scores:
             raise ValueError(f"--metric_for_best_model is {self.metric_for_best_model!r}, must be one of {scores}")
+        if self.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor is not for answer spans, whose loss has none: drop it")
         if self.prediction_loss_only:
             raise ValueError("--prediction_loss_only leaves no answers to score: drop it")
 

@@ -148,7 +148,7 @@ def write_card(
         learning_rate=arguments.learning_rate,
         schedule=arguments.lr_scheduler_type.value,
         length=f"{steps} steps" if steps > 0 else f"{arguments.num_train_epochs:g} epochs",
-        batch=arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        batch=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
         seed=arguments.seed,
         kind=options.train_windows,
         windows=windows,

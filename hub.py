@@ -22,13 +22,20 @@ from hub_errors import explained, reason
 logger = logging.get_logger(__name__)
 
 LAST, BEST = "last-checkpoint", "best-checkpoint"  # folders of a repository
-_RUN_FILE = "run.json"  # of `resume`
 _STAGED = ".push-"
 # Of a checkpoint, what only its own run can use.
 _OF_THE_RUN = ["optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json", "training_args.bin"]
 # Of a run's folder, what is of no use to a reader, holds passages of the dataset, or names paths of this machine.
 # `make push` names the same.
-NOT_PUSHED = [f"{PREFIX_CHECKPOINT_DIR}-*", ".*", "report*", _RUN_FILE, "trainer_state.json", "training_args.bin"]
+NOT_PUSHED = [
+    f"{PREFIX_CHECKPOINT_DIR}-*",
+    ".*",
+    "report*",
+    "runs/*",
+    resume.RUN_FILE,
+    "trainer_state.json",
+    "training_args.bin",
+]
 
 
 def open_repository(arguments: RunArguments, output_dir: Path) -> str | None:
@@ -96,7 +103,7 @@ class CheckpointPush(TrainerCallback):
             try:
                 staged = stage(Path(args.output_dir), state.global_step, state.best_model_checkpoint, self.strategy)
                 self.uploads.append(self.api.run_as_future(self._upload, staged, args.hub_revision))
-            except OSError as error:
+            except (OSError, UserError) as error:
                 self._failed(state.global_step, error)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -144,7 +151,7 @@ def stage(output_dir: Path, step: int, best: str | None, strategy: HubStrategy) 
         link_folder(checkpoint, staged / checkpoint.name, ["training_args.bin"])
     else:
         link_folder(checkpoint, staged / LAST, ["training_args.bin"])
-        write_json(staged / LAST / _RUN_FILE, resume.stored_run(output_dir))
+        write_json(staged / LAST / resume.RUN_FILE, resume.stored_run(output_dir))
         if best and Path(best).name != checkpoint.name:
             link_folder(Path(best), staged / BEST, _OF_THE_RUN)
     return staged
@@ -179,5 +186,5 @@ def fetch_run(repository: str | None, output_dir: Path, revision: str | None) ->
     logger.warning(f"going on from {last}, from the Hub: {repository}")
     for name, local in folders.items():
         with replacing_folder(output_dir / local) as folder:
-            shutil.copytree(found / name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_RUN_FILE))
-    write_json(output_dir / _RUN_FILE, run)  # last: with it the folder holds a run
+            shutil.copytree(found / name, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(resume.RUN_FILE))
+    write_json(output_dir / resume.RUN_FILE, run)  # last: with it the folder holds a run

@@ -161,10 +161,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         context = read_text(arguments.context_file)
     else:
         context = sys.stdin.buffer.read().decode("utf-8", "replace")
-    reader = Reader(arguments.model_name_or_path, n_best_size=arguments.n_best_size)
+    reader = Reader(arguments.model_name_or_path)
     answer = reader.answer(arguments.question, context)
     print(answer.text)
-    for candidate in answer.nbest:
+    for candidate in answer.nbest[: max(0, arguments.n_best_size)]:
         place = f"{candidate['start']}-{candidate['end']}"
         print(f"    {candidate['probability']:7.4f}  {place:<12}{candidate['text']}")
 

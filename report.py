@@ -78,7 +78,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="output folder of a run, with eval_nbest_predictions.json")
     parser.add_argument("--compare", type=Path, help="another run's folder, scored on the same questions")
-    parser.add_argument("--dataset_name", help="the dataset it was scored on (the one that all_results.json names)")
+    parser.add_argument("--dataset_name", help="the dataset it was scored on (the one noted when it was scored)")
     return parser.parse_args(argv)
 
 

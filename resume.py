@@ -22,7 +22,9 @@ from files import UserError, naming_writes, read_json, write_json
 
 logger = logging.get_logger(__name__)
 
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
+# What a run writes beside its model and checkpoints
+_WRITTEN = ["all_results.json", "README.md", "submission.csv", "*_predictions.json", "report.html", "report_*.png"]
 
 # What training cannot feel: a run may go on with another value. Everything else shapes the weights, or which of them
 # are the best.
@@ -52,7 +54,7 @@ def shape(options: RunOptions, arguments: RunArguments, train: Dataset) -> dict[
     options_of = {**dataclasses.asdict(options), **arguments.to_dict()}
     shaping = {name: value for name, value in options_of.items() if name not in _WITHOUT_EFFECT}
     shaping["train_batch_size"] = (
-        arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     )
     shaping["train_split"] = Hasher.hash([train[column][:] for column in ("id", "question", "context", "answers")])
     return json.loads(json.dumps(shaping, default=str))
@@ -93,7 +95,7 @@ def is_finished(output_dir: Path, shaping: dict[str, Any]) -> bool:
     if stored is None:
         if checkpoints(output_dir):
             raise UserError(
-                f"{output_dir} holds checkpoints of a run that is not known ({_RUN_FILE} is missing); choose another "
+                f"{output_dir} holds checkpoints of a run that is not known ({RUN_FILE} is missing); choose another "
                 "--output_dir, or delete them with --fresh_start"
             )
         return False
@@ -113,27 +115,31 @@ def begin(output_dir: Path, shaping: dict[str, Any], fresh_start: bool, processe
     """Make `output_dir` this run's, and note by how many processes its next checkpoints are written.
 
     With `fresh_start` what an earlier run left to go on from is deleted; so are answers and figures of another model.
+    Raises UserError if files of such names lie there that are no run's.
     """
-    stored = None if fresh_start else stored_run(output_dir)
+    previous = stored_run(output_dir)
+    stored = None if fresh_start else previous
+    written = [path for name in _WRITTEN for path in output_dir.glob(name)]
+    if written and previous is None and not (output_dir / "all_results.json").exists():
+        raise UserError(f"{output_dir} holds {written[0].name}, which is no run's: choose another --output_dir")
     if fresh_start:
         for checkpoint in checkpoints(output_dir):
             shutil.rmtree(checkpoint)
     if stored is None:
-        for name in ("all_results.json", "README.md", "submission.csv", "*_predictions.json", "report*"):
-            for path in output_dir.glob(name):
-                path.unlink()
+        for path in written:
+            path.unlink()
         stored = {"finished": False, "options": shaping, "processes": []}
-    write_json(output_dir / _RUN_FILE, stored | {"processes": sorted({*stored["processes"], processes})})
+    write_json(output_dir / RUN_FILE, stored | {"processes": sorted({*stored["processes"], processes})})
 
 
 def finish(output_dir: Path) -> None:
     """Note that the run in `output_dir` has been trained to its end and its model saved."""
-    write_json(output_dir / _RUN_FILE, {**stored_run(output_dir), "finished": True})
+    write_json(output_dir / RUN_FILE, {**stored_run(output_dir), "finished": True})
 
 
 def stored_run(output_dir: Path) -> dict[str, Any] | None:
     """What `begin` and `finish` noted of the run in `output_dir`; None where no run began."""
-    path = output_dir / _RUN_FILE
+    path = output_dir / RUN_FILE
     if not path.exists():
         return None
     stored = read_json(path)

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     repository = hub.open_repository(arguments, output_dir)
     if arguments.resume_from_checkpoint == hub.LAST and not Path(hub.LAST).is_dir():
         arguments.resume_from_checkpoint = None
-        with arguments.main_process_first(desc="the checkpoint on the Hub"):
+        with arguments.main_process_first(local=False, desc="the checkpoint on the Hub"):
             hub.fetch_run(repository or arguments.hub_model_id, output_dir, arguments.hub_revision)
     trained = is_trained(options, shaping, output_dir)
     results = read_results(output_dir)
@@ -268,9 +268,13 @@ def finish(
     write_json(output_dir / "all_results.json", results)
     if "eval" in arguments.steps:
         note_dataset(output_dir, options.dataset_name)
-        write_report(read_run(output_dir), dataset["validation"])
     if "train" in arguments.steps:
         write_card(output_dir, options, arguments, results, trainer.model.config.qa_windows, repository)
+    if "eval" in arguments.steps:
+        try:
+            write_report(read_run(output_dir), dataset["validation"])
+        except UserError as error:  # the run itself is whole without it
+            logger.warning(f"no report: {error}")
     print_summary(output_dir, arguments.steps, results, dataset)
 
 

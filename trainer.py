@@ -24,18 +24,17 @@ def model_inputs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value for name, value in batch.items() if name not in _FOR_SEARCH}
 
 
-def span_loss(outputs: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The mean cross-entropy of an answer's first and last token over the tokens of its window.
+def span_loss(
+    starts: torch.Tensor, ends: torch.Tensor, start_positions: torch.Tensor, end_positions: torch.Tensor
+) -> torch.Tensor:
+    """The mean cross-entropy of the answers' first and last tokens, 0 without any; logits are -inf at padding.
 
     The models' own loss lets padding take part, so that it depends on which rows share a batch.
     """
-    padding = inputs["attention_mask"] == 0
-    losses = [
-        torch.nn.functional.cross_entropy(
-            logits.float().masked_fill(padding, -torch.inf), inputs[name], ignore_index=NO_LABEL
-        )
-        for logits, name in ((outputs.start_logits, "start_positions"), (outputs.end_logits, "end_positions"))
-    ]
+    losses = []
+    for logits, positions in ((starts, start_positions), (ends, end_positions)):
+        total = torch.nn.functional.cross_entropy(logits, positions, ignore_index=NO_LABEL, reduction="sum")
+        losses.append(total / (positions != NO_LABEL).sum().clamp(min=1))
     return torch.stack(losses).mean()
 
 
@@ -99,7 +98,8 @@ class _SaveBetween(TrainerCallback):
         steps = math.ceil(state.max_steps * steps) if steps < 1 else int(steps)
         # At an epoch's end the evaluation saves. A run killed between a save before it and its own, and resumed from
         # the former, never makes up for the evaluation, and may end with another best model.
-        evaluated_next = args.eval_strategy == "epoch" and float(state.epoch).is_integer()
+        at_end = float(state.epoch).is_integer() or state.global_step >= state.max_steps
+        evaluated_next = args.eval_strategy == "epoch" and state.epoch >= args.eval_delay and at_end
         if args.save_between == SaveStrategy.STEPS and state.global_step % steps == 0 and not evaluated_next:
             control.should_save = True
 
@@ -162,10 +162,14 @@ class QuestionAnsweringTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = model_inputs(inputs)
         outputs = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
-        loss = span_loss(outputs, inputs)
+        padding = inputs["attention_mask"] == 0
+        starts, ends = (
+            logits.float().masked_fill(padding, -torch.inf) for logits in (outputs.start_logits, outputs.end_logits)
+        )
+        loss = span_loss(starts, ends, inputs["start_positions"], inputs["end_positions"])
         if model.training:
-            right = (outputs.start_logits.argmax(dim=1) == inputs["start_positions"]) & (
-                outputs.end_logits.argmax(dim=1) == inputs["end_positions"]
+            right = (starts.argmax(dim=1) == inputs["start_positions"]) & (
+                ends.argmax(dim=1) == inputs["end_positions"]
             )
             self._counts += torch.stack([right.sum(), torch.tensor(len(right), device=right.device)])
         return (loss, outputs) if return_outputs else loss

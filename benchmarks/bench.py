@@ -253,7 +253,7 @@ def training(bench: Bench) -> list[dict]:
         data = TrainingWindows(rows, bench.layout(), seed=0, negative_window_ratio=0.1)
         own = training_arguments(bench, RunArguments, train_sampling_strategy="group_by_length", eval_strategy="no")
         trainers[windows] = own_trainer(model, bench.tokenizer, own, data)
-    seconds = bench.seconds({name: quiet(trainer) for name, trainer in trainers.items()}, rounds=3)
+    seconds = bench.seconds({name: quiet(trainer) for name, trainer in trainers.items()}, rounds=2)
     rates = {name: len(few) / value for name, value in seconds.items()}
     return [
         row(f"training, 512 tokens, {name}", "questions/s", rates[windows], rates["reference"])

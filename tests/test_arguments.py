@@ -92,3 +92,15 @@ def test_a_name_does_not_lead_out_of_the_folder_of_runs(flags, folder, tmp_path,
             choose_output_dir(options, arguments)
     else:
         assert str(choose_output_dir(options, arguments)) == folder
+
+
+@pytest.mark.parametrize(("flags", "expected"), [
+    (["--mixed_precision", "no", "--bf16"], False),
+    (["--mixed_precision", "bf16"], True),
+    (["--mixed_precision", "auto"], False),
+    (["--bf16"], True),
+    ([], False),
+])  # fmt: skip
+def test_mixed_precision_on_a_cpu(flags, expected):
+    (found,) = parse_options((RunOptions, RunArguments), flags, "")[1:]
+    assert found.bf16 == expected and not found.fp16

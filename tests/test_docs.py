@@ -12,6 +12,7 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 import arguments
+import hub
 import inference
 import make_sample
 import options
@@ -83,6 +84,18 @@ def test_both_languages_of_the_readme_hold_the_same_commands_figures_and_links()
     for pattern in (r"\]\(((?!README)[^)]*)\)", r"\d\.\d{3,}"):
         assert sorted(re.findall(pattern, other)) == sorted(re.findall(pattern, README))
     assert len(re.findall("^#", other, flags=re.M)) == len(re.findall("^#", README, flags=re.M))
+
+
+def test_make_push_leaves_out_what_a_run_leaves_out():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert sorted(re.findall(r'--exclude "?([^\s"]+)"?', makefile)) == sorted(hub.NOT_PUSHED)
+
+
+def test_no_figure_is_left_open():
+    for path in (*ROOT.glob("*.md"), *(ROOT / "configs").glob("*.yaml")):
+        assert not re.findall(
+            r"[A-Z]+_(?:TABLE|MINUTES|EM|SIMPLE|BOSS|LINE|TEXT)\w*", path.read_text(encoding="utf-8")
+        ), path
 
 
 def test_contributing_maps_every_script():

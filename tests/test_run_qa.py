@@ -21,6 +21,8 @@ import resume
 import run_qa
 import scoring
 import splits
+import trainer
+import windows
 from postprocess import choose
 
 ROOT = Path(run_qa.__file__).parent
@@ -548,3 +550,22 @@ def test_the_default_dataset_is_never_sought_on_the_hub(place, tmp_path, monkeyp
     with pytest.raises(SystemExit):
         run("--model_name_or_path", place / "model")
     assert "--dataset_name data/drcd: cannot be opened as a dataset: there is no such folder" in capsys.readouterr().err
+
+
+def test_files_that_are_no_runs_are_neither_deleted_nor_written_over(place, tmp_path, capsys):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "report.py").write_text("mine")
+    with pytest.raises(SystemExit):
+        run(*options_of(place, tmp_path, *WINDOWS, "--max_steps", "2", "--do_train", "--eval_strategy", "no"))
+    assert "holds README.md, which is no run's" in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"README.md": "mine", "report.py": "mine"}
+
+
+def test_padding_changes_neither_loss_nor_what_counts_as_right(place, tmp_path):
+    """The same rows alone and beside longer ones, with a model whose logits are highest at padding."""
+    starts, ends = torch.tensor([[9.0, 0.0, 1.0]]), torch.tensor([[0.0, 5.0, 1.0]])
+    label = torch.tensor([0]), torch.tensor([1])
+    padded = [torch.nn.functional.pad(logits, (0, 7), value=-torch.inf) for logits in (starts, ends)]
+    assert torch.equal(trainer.span_loss(starts, ends, *label), trainer.span_loss(*padded, *label))
+    without = torch.tensor([windows.NO_LABEL])
+    assert trainer.span_loss(starts, ends, without, without) == 0
