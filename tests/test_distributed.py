@@ -12,6 +12,7 @@ from pathlib import Path
 import conftest
 import psutil
 import pytest
+from test_run_qa import assert_same_answers, nbest_of
 
 import prepare_drcd
 import resume
@@ -120,22 +121,9 @@ def ends_of(processes, seconds=240):
     return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
 
 
-def nbest_of(folder, split):
-    return json.loads((folder / f"{split}_nbest_predictions.json").read_text(encoding="utf-8"))
-
-
 def losses_of(folder):
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in log if "loss" in entry]
-
-
-def assert_same_answers(one, other):
-    """The same texts and spans in the same order; scores within 1e-5."""
-    assert one.keys() == other.keys()
-    for id_, candidates in one.items():
-        for mine, its in zip(candidates, other[id_], strict=True):
-            assert (mine["text"], mine["start"], mine["end"]) == (its["text"], its["start"], its["end"])
-            assert mine["score"] == pytest.approx(its["score"], abs=1e-5)
 
 
 @pytest.mark.parametrize("launch", ["two processes", "two machines"])
