@@ -249,7 +249,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_is_written(run, other, d
     if wrong == "no n best":
         nbest.unlink()
     elif wrong == "no dataset":
-        (run / "all_results.json").unlink()
+        (run / ".eval_dataset").unlink()
     elif wrong == "other questions":
         nbest.write_text(json.dumps(found | {"99": []}), encoding="utf-8")
     elif wrong == "other paragraph":
