@@ -1,4 +1,4 @@
-"""Ask a trained model: question and paragraph → answer, found exactly as run_qa.py finds those of the test split.
+"""Ask a trained model: question and paragraph → answer, by run_qa.py's own code, with the defaults of its options.
 
 It takes the place of the question-answering pipeline that transformers 5 no longer has:
 

@@ -49,6 +49,30 @@ def test_windows_start_doc_stride_apart_and_cover_the_paragraph(tokenizer):
         assert own[-1]["input_ids"][-after - 1] == tokens[-1]
 
 
+def test_windows_are_those_of_return_overflowing_tokens(tokenizer):
+    """Of the paragraph alone, with the overlap that `doc_stride` leaves."""
+    examples = random_examples(30, seed=2)
+    rows, layout = features(examples, tokenizer, labels=False)
+    several = 0
+    for number, context in enumerate(examples["context"]):
+        own = tokenizer(
+            context,
+            add_special_tokens=False,
+            truncation=True,
+            max_length=layout.room,
+            stride=layout.room - layout.doc_stride,
+            return_overflowing_tokens=True,
+        )["input_ids"]
+        found = [
+            row["input_ids"][row["context_start"] : len(row["input_ids"]) - len(layout.after)]
+            for row in rows
+            if row["example"] == number
+        ]
+        assert found == own
+        several += len(own) > 1
+    assert several > 10
+
+
 def test_questions_are_cut_and_paragraphs_without_tokens_get_one_window(bert):
     examples = {"id": ["0", "1"], "question": ["誰" * 50, ""], "context": ["", " \u3000\n"], "answers": [None, None]}
     rows, _ = features(examples, bert, labels=False)
