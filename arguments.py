@@ -120,6 +120,9 @@ class RunArguments(TrainingArguments):
         choices=["no", "auto", "bf16", "fp16"],
     )
     per_device_eval_batch_size: int | None = _option(None, "windows a device evaluates at once (a GPU 32, a CPU 8)")
+    eval_accumulation_steps: int | None = _option(
+        50, "evaluation batches whose candidates stay on the device before they go to the host together"
+    )
     learning_rate: float = _option(3e-5, "peak learning rate")
     num_train_epochs: float = _option(2.0, "passes over the training questions")
     warmup_steps: float = _option(0.1, "steps of rising learning rate; below 1: their share of all steps")
@@ -196,7 +199,7 @@ class RunArguments(TrainingArguments):
         """What a batch's length in tokens is rounded up to: tensor cores want 8, a compiled model few lengths."""
         if self.torch_compile:
             return 64
-        return 8 if self.fp16 or self.bf16 else 1
+        return 8
 
     def _try_out(self) -> None:
         """Make, of nothing much, what the Trainer would make of its options only when training begins.

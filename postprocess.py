@@ -25,6 +25,7 @@ from options import Parser, command
 from scoring import note_dataset, read_results, score_texts
 
 CANDIDATE = ("text", "start", "end", "score", "probability")  # the keys of one in an n-best file
+_MERGED_TOGETHER = 1000  # questions
 MISSING = -1  # the character offset of a candidate that is not there
 BRACKETS = dict(["「」", "『』", "《》", "〈〉", "（）", "()", "【】", "“”"])
 
@@ -128,6 +129,22 @@ def merge_windows(
     Args: `examples` [windows], the question of a window, below `questions`; `scores` [windows, n];
     `spans` [windows, n, 2], `MISSING` where there is no candidate.
     """
+    order = np.argsort(examples, kind="stable")
+    parts = []
+    for first in range(0, questions, _MERGED_TOGETHER):  # sorting takes several times the memory of what it sorts
+        stop = min(first + _MERGED_TOGETHER, questions)
+        own = order[slice(*np.searchsorted(examples, (first, stop), sorter=order))]
+        parts.append(_merge_windows(examples[own] - first, scores[own], spans[own], stop - first, n_best_size))
+    if not parts:
+        return _merge_windows(examples, scores, spans, 0, n_best_size)
+    bounds = np.cumsum(np.concatenate([[0], *(np.diff(part.bounds) for part in parts)]))
+    columns = ([getattr(part, name) for part in parts] for name in ("spans", "scores", "probabilities"))
+    return Candidates(bounds, *map(np.concatenate, columns))
+
+
+def _merge_windows(
+    examples: np.ndarray, scores: np.ndarray, spans: np.ndarray, questions: int, n_best_size: int
+) -> Candidates:
     present = spans[:, :, 0] != MISSING
     question = np.broadcast_to(examples[:, None], present.shape)[present]
     start, end = spans[present].T

@@ -35,7 +35,7 @@ from report import read_run, write_report
 from scoring import breakdown, breakdown_table, note_dataset, read_results, score_texts
 from splits import SPLIT_OF, load_splits
 from trainer import QuestionAnsweringTrainer
-from windows import Collator, Layout, TrainingWindows, split_features
+from windows import Collator, EvaluationWindows, Layout, TrainingWindows, split_features
 
 logger = logging.get_logger("run_qa")
 
@@ -126,8 +126,8 @@ def make_features(
     arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     layout: Layout,
-) -> Dataset | TrainingWindows:
-    """The windows of a step's split (`windows.build_features`), cached by `datasets`; longest first but in training."""
+) -> TrainingWindows | EvaluationWindows:
+    """The windows of a step's split (`windows.build_features`), cached by `datasets`."""
     split = SPLIT_OF[step]
     with arguments.main_process_first(desc=f"windows of {split}"):
         features = split_features(
@@ -140,7 +140,7 @@ def make_features(
             desc=f"windows of {split}",
         )
         if step != "train":
-            return features.sort("length", reverse=True).with_format("numpy")
+            return EvaluationWindows(features)
     return TrainingWindows(features, layout, arguments.seed, options.negative_window_ratio)
 
 
@@ -213,7 +213,7 @@ def train(
 
 
 def answer(
-    trainer: QuestionAnsweringTrainer, step: str, examples: Dataset, features: Dataset, output_dir: Path
+    trainer: QuestionAnsweringTrainer, step: str, examples: Dataset, features: EvaluationWindows, output_dir: Path
 ) -> dict[str, float]:
     """Find the answers of a split, write their files, and return the metrics (`eval_...` or `test_...`)."""
     prefix = "eval" if step == "eval" else "test"
@@ -234,9 +234,9 @@ def answer(
     return metrics
 
 
-def window_facts(features: Dataset) -> tuple[np.ndarray, np.ndarray]:
+def window_facts(features: EvaluationWindows) -> tuple[np.ndarray, np.ndarray]:
     """For every question of labelled features: its number of windows, and whether one holds the whole answer."""
-    columns = features.with_format("numpy")
+    columns = features.rows
     example = columns["example"][:]
     holds = columns["start_positions"][:] >= columns["context_start"][:]  # else the label is on [CLS]
     return np.bincount(example), np.bincount(example, weights=holds) > 0

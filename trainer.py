@@ -112,8 +112,9 @@ class QuestionAnsweringTrainer(Trainer):
     """A Trainer over feature rows (`windows.py`) whose predictions are span candidates instead of logits.
 
     `predict(...).predictions` is a tuple of arrays over windows: `example` [windows], `scores` [windows, n_best_size]
-    and `spans` [windows, n_best_size, 2] as `postprocess.merge_windows` takes them. They leave the device batch by
-    batch; logits never do. Every row says which question it belongs to, so no order of the windows is relied upon.
+    and `spans` [windows, n_best_size, 2] as `postprocess.merge_windows` takes them. They leave the device every
+    `eval_accumulation_steps` batches; logits never do. Every row says which question it belongs to, so no order of the
+    windows is relied upon.
 
     `questions_a_row` is the number of training questions over that of training rows, to log questions/s.
     """

@@ -20,6 +20,7 @@ Row of a feature dataset (token lists of one length, positions counted from the 
 
 import functools
 import itertools
+import pickle
 import unicodedata
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -38,8 +40,10 @@ from files import UserError
 
 NO_LABEL = 2**20  # beyond every sequence; the loss leaves such rows out
 
+_QUESTIONS_AT_ONCE = 1000  # more make nothing faster and take memory
 _TEXTS_AT_ONCE = 128
-_SPACES = np.array([code for code in range(0x3001) if chr(code).isspace()], dtype=np.uint32)
+_SORTED_TOGETHER = 2048
+_IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # by code point; none lies beyond
 
 
 @dataclass(frozen=True)
@@ -126,28 +130,38 @@ def split_features(
     num_proc: int | None = None,
     desc: str | None = None,
 ) -> Dataset:
-    """The feature rows of a split (`build_features`), in the order of its questions, cached by `datasets`.
+    """The feature rows of a split (`build_features`), cached by `datasets`.
 
-    Questions are taken paragraph by paragraph, wherever they stand, so that each paragraph is tokenized once.
+    Questions are taken paragraph by paragraph, wherever they stand, so that each paragraph is tokenized once; the rows
+    lie in that order. Token columns have the smallest type that holds every token id and character of the split.
     """
-    paragraph = rows.with_format("arrow")["context"][:].dictionary_encode().unify_dictionaries()
-    paragraph = np.concatenate([chunk.indices.to_numpy() for chunk in paragraph.chunks])
-    order = np.argsort(paragraph, kind="stable")
+    contexts = rows.with_format("arrow")["context"][:]
+    paragraph = contexts.dictionary_encode().unify_dictionaries()
+    order = np.argsort(np.concatenate([chunk.indices.to_numpy() for chunk in paragraph.chunks]), kind="stable")
+    longest = pc.max(pc.utf8_length(contexts)).as_py() or 0
+    largest = max(tokenizer.backend_tokenizer.get_vocab().values())
     # A tokenizer's own hash takes long and changes with each call; its definition and this file say as much.
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     told = (rows._fingerprint, tokenizer.backend_tokenizer.to_str(), layout, windows, labels)
-    features = rows.select(order).map(
+    return rows.select(order).map(
         _build_in_order,
         batched=True,
+        batch_size=_QUESTIONS_AT_ONCE,
         with_indices=True,
         remove_columns=rows.column_names,
         num_proc=num_proc,
-        fn_kwargs={"order": order, "tokenizer": tokenizer, "layout": layout, "windows": windows, "labels": labels},
+        fn_kwargs={
+            "order": order,
+            "tokenizer": tokenizer,
+            "layout": layout,
+            "windows": windows,
+            "labels": labels,
+            "dtype": np.min_scalar_type(max(longest, largest)),
+        },
         new_fingerprint=Hasher.hash((told, Path(__file__).read_bytes())),
         desc=desc,
     )
-    return features.select(np.argsort(features.with_format("numpy")["example"][:], kind="stable"))
 
 
 def _build_in_order(batch: dict[str, list], indices: list[int], order: np.ndarray, **kwargs: Any) -> pa.Table:
@@ -161,13 +175,14 @@ def build_features(
     layout: Layout,
     windows: str,
     labels: bool,
+    dtype: np.dtype | type = np.uint32,
 ) -> pa.Table:
     """The feature rows (module docstring) of a batch of SQuAD-style examples, which are the rows `indices` of a split.
 
     `windows`: "stride" gives a row for every window of the paragraph; "centered" one row, the answer in the middle of
     its window as far as the paragraph's ends allow; "random" one row with the whole paragraph, of which
     `TrainingWindows` draws a window an epoch. The last two need `labels`. `labels` takes the first reference answer of
-    every example; an example without one gets `NO_LABEL`.
+    every example; an example without one gets `NO_LABEL`. `dtype` is the type of token ids and character offsets.
     """
     contexts, context_of = _distinct(batch["context"])
     questions, paragraphs = tokenize(tokenizer, batch["question"]), tokenize(tokenizer, contexts)
@@ -188,7 +203,7 @@ def build_features(
         middle = np.where(first >= 0, (first + last + 1) // 2, begin)
         begin = np.clip(middle - layout.room // 2, begin, np.maximum(begin, end - layout.room))
         end = np.minimum(begin + layout.room, end)
-    columns = _join(layout, questions, question, paragraphs, begin, end)
+    columns = _join(layout, questions, question, paragraphs, begin, end, dtype)
     question_tokens = np.minimum(np.diff(questions.bounds), layout.max_question_length)[question]
     context_start = question_tokens + len(layout.before) + len(layout.between)
     columns["example"] = np.asarray(indices)[question].astype(np.int32)
@@ -231,8 +246,48 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tokens
     return Tokens(np.concatenate([*ids, none]), char_starts, char_ends, _bounds(lengths))
 
 
-class TrainingWindows(torch.utils.data.Dataset):
-    """Training rows, each cut to one window of its paragraph where the paragraph is longer than its room.
+class Windows(torch.utils.data.Dataset):
+    """Feature rows as dictionaries of arrays, in the order that `order` gives them."""
+
+    def __init__(self, rows: Dataset, order: np.ndarray):
+        self.rows = rows.with_format("numpy")
+        self.order = order
+        self.lengths = self.rows["length"][:][order]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        columns = self.rows[self.order[numbers]]
+        return [{name: columns[name][i] for name in columns} for i in range(len(numbers))]
+
+
+class EvaluationWindows(Windows):
+    """Every window of a split, rows of like length together: longest first among each `_SORTED_TOGETHER` of them.
+
+    The rows of a cache file are read from memory that it is mapped to, and the pages once read stay with the process.
+    So the rows are sorted within parts of the file alone, and with each part the file is mapped anew: memory does not
+    grow with the split.
+    """
+
+    def __init__(self, rows: Dataset):
+        lengths = rows.with_format("numpy")["length"][:].astype(np.int64)
+        parts = np.arange(len(rows)) // _SORTED_TOGETHER
+        super().__init__(rows, np.lexsort((-lengths, parts)))
+        self.part = 0
+
+    def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, np.ndarray]]:
+        if (part := numbers[0] // _SORTED_TOGETHER) != self.part:
+            self.part, self.rows = part, pickle.loads(pickle.dumps(self.rows))  # by the names of its files
+        return super().__getitems__(numbers)
+
+
+class TrainingWindows(Windows):
+    """Training rows in the order of their questions, each cut to one window of its paragraph where the paragraph is
+    longer than its room.
 
     Item `epoch * len(self) + row` is a row as an epoch sees it: the number carries the epoch, so that workers and
     processes need not be told, and the window depends on seed, epoch and row alone. A window's start is uniform over
@@ -241,25 +296,16 @@ class TrainingWindows(torch.utils.data.Dataset):
     """
 
     def __init__(self, rows: Dataset, layout: Layout, seed: int, negative_window_ratio: float):
-        self.rows = rows.with_format("numpy")
+        super().__init__(rows, np.argsort(rows.with_format("numpy")["example"][:], kind="stable"))
         self.layout = layout
         self.seed = seed
         self.negative_window_ratio = negative_window_ratio
-        self.lengths = rows.with_format("numpy")["length"][:]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        return self.__getitems__([number])[0]
 
     def __getitems__(self, numbers: Sequence[int]) -> list[dict[str, np.ndarray]]:
         epochs, rows = np.divmod(np.asarray(numbers), len(self))
-        columns = self.rows[rows]
-        examples = [{name: columns[name][i] for name in columns} for i in range(len(rows))]
         return [
             self._cut(example, epoch, row) if len(example["input_ids"]) > example["length"] else example
-            for example, epoch, row in zip(examples, epochs.tolist(), rows.tolist(), strict=True)
+            for example, epoch, row in zip(super().__getitems__(rows), epochs.tolist(), rows.tolist(), strict=True)
         ]
 
     def _cut(self, example: dict[str, np.ndarray], epoch: int, row: int) -> dict[str, np.ndarray]:
@@ -333,10 +379,13 @@ def _join(
     paragraphs: Tokens,
     begin: np.ndarray,
     end: np.ndarray,
+    dtype: np.dtype | type,
 ) -> dict[str, pa.Array]:
     """The token columns of rows that join `question[i]` with the paragraph tokens `[begin[i], end[i])`."""
     parts = [layout.before, layout.between, layout.after]
-    pool = np.concatenate([*(np.array(part, dtype=np.int32) for part in parts), questions.ids, paragraphs.ids])
+    pool = np.concatenate(
+        [*(np.array(part, dtype) for part in parts), questions.ids, paragraphs.ids], dtype=dtype, casting="unsafe"
+    )
     at = _bounds([*map(len, parts), len(questions.ids), len(paragraphs.ids)])  # where each begins in the pool
     rows = len(question)
     starts, lengths = np.empty((rows, 5), dtype=np.int64), np.empty((rows, 5), dtype=np.int64)
@@ -347,14 +396,14 @@ def _join(
     starts[:, 3], lengths[:, 3] = at[4] + begin, end - begin
     taken = _ranges(starts.ravel(), lengths.ravel())
     row_bounds = pa.array(_bounds(lengths.sum(axis=1)).astype(np.int32))
-    uncovered = np.zeros(at[4], dtype=np.int32)
+    uncovered = np.zeros(at[4], dtype)
     columns = {"input_ids": pool[taken]}
     if layout.uses_type_ids:
         columns["token_type_ids"] = np.repeat(np.tile(np.array(layout.type_ids, np.int8), rows), lengths.ravel())
     # A token that covers nothing must not be a candidate's end: 0, 0 says so for every kind of it.
     covers = paragraphs.char_starts < paragraphs.char_ends
-    columns["char_starts"] = np.concatenate([uncovered, paragraphs.char_starts * covers])[taken]
-    columns["char_ends"] = np.concatenate([uncovered, paragraphs.char_ends * covers])[taken]
+    columns["char_starts"] = np.concatenate([uncovered, (paragraphs.char_starts * covers).astype(dtype)])[taken]
+    columns["char_ends"] = np.concatenate([uncovered, (paragraphs.char_ends * covers).astype(dtype)])[taken]
     return {name: pa.ListArray.from_arrays(row_bounds, pa.array(values)) for name, values in columns.items()}
 
 
@@ -388,12 +437,12 @@ def _tidy_edges(offsets: np.ndarray, text: np.ndarray, texts: Sequence[str]) -> 
     joined = "".join(f"{text}\0" for text in texts)
     codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
     base = _bounds([len(text) + 1 for text in texts])[text]
-    space = np.isin(codes, _SPACES)
+    space = _IS_SPACE[np.minimum(codes, len(_IS_SPACE) - 1)]
     while (move := (starts < ends) & space[base + starts]).any():
         starts += move
     while (move := (starts < ends) & space[base + ends - 1]).any():
         ends -= move
-    marks = [ord(char) for char in set(joined) if unicodedata.category(char)[0] == "M"]
+    marks = [code for code in np.flatnonzero(np.bincount(codes)) if unicodedata.category(chr(code))[0] == "M"]
     if marks:
         covered = np.cumsum(
             np.bincount(base + starts, minlength=len(codes)) - np.bincount(base + ends, minlength=len(codes))

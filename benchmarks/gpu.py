@@ -15,7 +15,7 @@ from arguments import RunArguments
 from options import read_config
 from postprocess import best_spans
 from trainer import QuestionAnsweringTrainer, model_inputs
-from windows import Collator, TrainingWindows, split_features
+from windows import Collator, EvaluationWindows, TrainingWindows, split_features
 
 SECONDS = 2.0  # how long each rate is measured
 T4_GIB = 14.0  # what a program can have of a T4's 15
@@ -119,8 +119,7 @@ def search_and_forward(bench: Any, dtype: torch.dtype) -> tuple[float, float]:
 
 def longest_batch(bench: Any, size: int, multiple: int) -> dict[str, torch.Tensor]:
     """The longest labelled windows of the bench's questions, on its device."""
-    rows = split_features(bench.few, bench.tokenizer, bench.layout(), "stride", True)
-    rows = rows.sort("length", reverse=True).with_format("numpy")
+    rows = EvaluationWindows(split_features(bench.few, bench.tokenizer, bench.layout(), "stride", True))
     batch = Collator(bench.tokenizer, multiple)(rows.__getitems__(list(range(min(size, len(rows))))))
     return {name: values.to(bench.arguments.device) for name, values in batch.items()}
 
