@@ -196,10 +196,9 @@ class RunArguments(TrainingArguments):
 
     @property
     def pad_to_multiple_of(self) -> int:
-        """What a batch's length in tokens is rounded up to: tensor cores want 8, a compiled model few lengths."""
-        if self.torch_compile:
-            return 64
-        return 8
+        """What a batch's length in tokens is rounded up to: few lengths, for each of which kernels are made and kept;
+        8 is also what tensor cores want."""
+        return 64 if self.torch_compile else 8
 
     def _try_out(self) -> None:
         """Make, of nothing much, what the Trainer would make of its options only when training begins.

@@ -164,7 +164,7 @@ def make_trainer(
         QuestionAnsweringTrainer,
         model=model,
         args=arguments,
-        data_collator=Collator(tokenizer, arguments.pad_to_multiple_of),
+        data_collator=Collator(tokenizer, arguments.pad_to_multiple_of, layout.max_seq_length),
         train_dataset=train_rows,
         eval_dataset=features.get("eval"),
         processing_class=tokenizer,

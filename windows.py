@@ -63,6 +63,11 @@ class Layout:
     max_question_length: int
     doc_stride: int
 
+    @property
+    def max_seq_length(self) -> int:
+        """The tokens of the longest row."""
+        return len(self.before) + self.max_question_length + len(self.between) + self.room + len(self.after)
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -348,15 +353,18 @@ def draw_start(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows to the longest of the batch, or to the next multiple of `pad_to_multiple_of` tokens; [rows, tokens]."""
+    """Pads rows to the longest of the batch, or to the next multiple of `pad_to_multiple_of` tokens, but not beyond
+    `max_seq_length`, for which the model may have no position; [rows, tokens]."""
 
     tokenizer: PreTrainedTokenizerBase
     pad_to_multiple_of: int = 1
+    max_seq_length: int | None = None
 
     def __call__(self, rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
         padding = {"input_ids": self.tokenizer.pad_token_id or 0, "token_type_ids": self.tokenizer.pad_token_type_id}
         lengths = np.array([len(row["input_ids"]) for row in rows])
         width = -(-int(lengths.max()) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        width = min(width, self.max_seq_length or width)
         mask = np.arange(width) < lengths[:, None]
         batch = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
         for name in rows[0]:

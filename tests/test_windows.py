@@ -1,13 +1,25 @@
 """Windows against the tokenizers' own pair encoding, labels against a search by hand, draws against uniformity."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import passages, random_examples
-from datasets import Dataset
+from datasets import Dataset, Value, load_from_disk
 from scipy.stats import chisquare
 
+import windows
 from files import UserError
-from windows import NO_LABEL, Collator, TrainingWindows, build_features, draw_start, make_layout
+from windows import (
+    NO_LABEL,
+    Collator,
+    EvaluationWindows,
+    TrainingWindows,
+    build_features,
+    draw_start,
+    make_layout,
+    split_features,
+)
 
 LENGTHS = {"max_seq_length": 48, "max_question_length": 12, "doc_stride": 9}
 
@@ -199,7 +211,7 @@ def test_draws_at_the_edges():
 
 
 def test_batches_are_padded_to_their_longest_row(bert):
-    rows, _ = features(random_examples(5, seed=7), bert)
+    rows, layout = features(random_examples(5, seed=7), bert)
     batch = Collator(bert)([rows.with_format("numpy")[i] for i in range(4)])
     longest = max(len(rows[i]["input_ids"]) for i in range(4))
     assert {tuple(value.shape) for value in batch.values()} == {(4, longest), (4,)}
@@ -209,6 +221,53 @@ def test_batches_are_padded_to_their_longest_row(bert):
         assert batch["input_ids"][i].tolist() == rows[i]["input_ids"] + [bert.pad_token_id] * (longest - length)
         assert batch["char_ends"][i, length:].sum() == 0
     assert Collator(bert, 64)([rows.with_format("numpy")[0]])["input_ids"].shape == (1, 64)
+    assert Collator(bert, 64, layout.max_seq_length)([rows.with_format("numpy")[0]])["input_ids"].shape == (1, 48)
+
+
+def stored(rows, folder):
+    """The rows as `datasets` caches them: in a file that memory is mapped to."""
+    rows.save_to_disk(folder)
+    return load_from_disk(folder)
+
+
+def test_evaluation_windows_are_all_rows_longest_first_in_each_part(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows, "_SORTED_TOGETHER", 8)
+    rows = stored(features(random_examples(20, seed=8), tokenizer)[0], tmp_path)
+    found = EvaluationWindows(rows)
+    assert len(found) == len(rows) > 3 * 8
+    batches = [found.__getitems__(list(range(i, min(i + 4, len(found))))) for i in range(0, len(found), 4)]
+    read = [row for batch in batches for row in batch]
+    for first in range(0, len(rows), 8):
+        lengths = [int(row["length"]) for row in read[first : first + 8]]
+        assert lengths == sorted(rows[first : first + 8]["length"], reverse=True)
+    plain = [{name: np.asarray(value).tolist() for name, value in row.items()} for row in read]
+    assert sorted(plain, key=str) == sorted(rows.to_list(), key=str)
+    assert found[0]["length"] == max(rows[:8]["length"])  # an earlier part can be asked for again
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="reads what Linux says of its mapped files")
+def test_evaluation_windows_let_go_of_what_they_have_read(tmp_path):
+    count, length = 12_000, 500
+    numbers = np.arange(count * length, dtype=np.uint16).reshape(count, length)
+    rows = Dataset.from_dict({"input_ids": list(numbers), "example": range(count), "length": [length] * count})
+    found = EvaluationWindows(stored(rows, tmp_path))
+    for first in range(0, count, 32):
+        found.__getitems__(list(range(first, min(first + 32, count))))
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.arrow"))
+    told = Path("/proc/self/smaps").read_text()
+    kept = [int(part.split("Rss:")[1].split()[0]) * 1024 for part in told.split(str(tmp_path))[1:]]
+    assert 0 < sum(kept) < size / 3
+
+
+def test_features_have_the_smallest_type_that_holds_them(bert, tmp_path):
+    examples = Dataset.from_dict(random_examples(5, seed=9)).cast_column("id", Value("string"))
+    layout = make_layout(bert, **LENGTHS)
+    small = split_features(examples, bert, layout, "stride", True)
+    assert small.features["input_ids"].feature.dtype == small.features["char_ends"].feature.dtype == "uint16"
+    long = examples.map(lambda row: {"context": row["context"] + "字" * 70_000})
+    wide = split_features(long, bert, layout, "stride", True)
+    assert wide.features["char_ends"].feature.dtype == "uint32"
+    assert max(wide.with_format("numpy")["char_ends"][-1]) > 65_535
 
 
 @pytest.mark.parametrize(
