@@ -41,7 +41,7 @@ NOT_PUSHED = [
 def open_repository(arguments: RunArguments, output_dir: Path) -> str | None:
     """The repository (user/name) to push to, made if there is none; None without `--push_to_hub`.
 
-    Only the main process asks the Hub. Raises UserError if the repository cannot be had, which is better known before
+    Only the first process asks the Hub. Raises UserError if the repository cannot be had, which is better known before
     the training than after it.
     """
     if not arguments.push_to_hub:
@@ -50,11 +50,13 @@ def open_repository(arguments: RunArguments, output_dir: Path) -> str | None:
     if "train" not in arguments.steps and not (output_dir / "config.json").exists():
         raise UserError(f"--push_to_hub: {output_dir} holds no trained model to push; name a run by --output_dir")
     name = arguments.hub_model_id or output_dir.resolve().name
-    if arguments.process_index > 0:
-        return name
+    return resume.by_first_process(_make_repository, name, arguments.hub_private_repo, output_dir)
+
+
+def _make_repository(name: str, private: bool | None, output_dir: Path) -> str:
     with explained(f"--push_to_hub: no access to the repository {name}", f"nothing in {output_dir} was changed"):
         HfApi().whoami()  # of a repository that exists the next line says nothing about the token
-        return HfApi().create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
+        return HfApi().create_repo(name, private=private, exist_ok=True).repo_id
 
 
 def push_run(output_dir: Path, repository: str, revision: str | None) -> str:

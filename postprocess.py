@@ -60,12 +60,10 @@ def best_spans(
     # if not, the best spans of those n starts would all come before it. Only those starts' spans are ever made.
     ends = torch.nn.functional.pad(ends, (0, width - 1), value=-torch.inf)
     best_of_start = starts + torch.nn.functional.max_pool1d(ends[:, None], width, stride=1)[:, 0]
-    first = _top_places(best_of_start, n_best_size * share)
+    first = _best(best_of_start, n_best_size * share)[1].sort(dim=1).values  # so that earlier spans stand first
     last = first[:, :, None] + torch.arange(width, device=first.device)
     scores = (starts.gather(1, first)[:, :, None] + ends.gather(1, last.flatten(1)).view_as(last)).flatten(1)
-    flat = _top_places(scores, n_best_size * share)
-    scores, order = scores.gather(1, flat).sort(dim=1, descending=True, stable=True)
-    flat = flat.gather(1, order)
+    scores, flat = _best(scores, n_best_size * share)
     first, last = first.gather(1, flat // width), last.flatten(1).gather(1, flat).clamp_max(tokens - 1)
     spans = torch.stack([char_starts.gather(1, first), char_ends.gather(1, last)], dim=2).int()
     spans = spans.masked_fill((scores == -torch.inf)[:, :, None], MISSING)
@@ -403,16 +401,15 @@ def _is_candidate(value: object) -> bool:
     )
 
 
-def _top_places(scores: torch.Tensor, kept: int) -> torch.Tensor:
-    """The places of the `kept` largest of each row, in rising order; of equal ones those of the earliest places."""
+def _best(scores: torch.Tensor, kept: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `kept` largest of each row, falling, and their places; of equal ones those of the earliest places, first."""
     kept = min(kept, scores.shape[1])
     top, places = scores.topk(min(kept + 1, scores.shape[1]), dim=1)
-    # `topk` leaves the order of equals open: where the next one equals the last one kept, a stable sort has to tell.
-    unclear = (top[:, kept - 1] == top[:, -1]) & (top[:, -1] > -torch.inf)
-    if top.shape[1] > kept and unclear.any():
-        sorted_places = scores[unclear].sort(dim=1, descending=True, stable=True).indices
-        places[unclear] = sorted_places[:, : kept + 1]
-    return places[:, :kept].sort(dim=1).values
+    # `topk` leaves the order of equals open, and which of them it takes: a stable sort tells.
+    tied = ((top[:, 1:] == top[:, :-1]) & (top[:, 1:] > -torch.inf)).any(dim=1)
+    if tied.any():
+        top[tied], places[tied] = (part[:, : top.shape[1]] for part in scores[tied].sort(descending=True, stable=True))
+    return top[:, :kept], places[:, :kept]
 
 
 def _tokens_a_character(char_starts: torch.Tensor, char_ends: torch.Tensor, usable: torch.Tensor) -> int:

@@ -6,10 +6,11 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -60,6 +61,23 @@ def shape(options: RunOptions, arguments: RunArguments, train: Dataset) -> dict[
     return json.loads(json.dumps(shaping, default=str))
 
 
+def by_first_process(function: Callable[..., Any], *args: Any) -> Any:
+    """What `function` returns to the first process, which alone calls it.
+
+    Its UserError or OSError is raised in every process: the others would wait for the first one until they time out.
+    """
+    told: list[Any] = [None, None]
+    if PartialState().process_index == 0:
+        try:
+            told[0] = function(*args)
+        except (UserError, OSError) as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]
+
+
 def require_one_folder(output_dir: Path, arguments: RunArguments) -> None:
     """Raise UserError in every process unless all of them see the same `output_dir`, as machines do on a shared disk.
 
@@ -67,23 +85,25 @@ def require_one_folder(output_dir: Path, arguments: RunArguments) -> None:
     """
     if arguments.world_size == 1:
         return
-    probe: list[str | None] = [None]
-    if arguments.process_index == 0:
-        with naming_writes(output_dir):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            handle, probe[0] = tempfile.mkstemp(dir=output_dir, prefix=".shared.")
-            os.close(handle)
-    broadcast_object_list(probe)
+    probe = by_first_process(_leave_probe, output_dir)
     # Listed, not looked up: a network disk answers that from the server.
-    seen = gather_object([output_dir.is_dir() and Path(probe[0]).name in os.listdir(output_dir)])
+    seen = gather_object([output_dir.is_dir() and probe.name in os.listdir(output_dir)])
     if arguments.process_index == 0:
-        os.unlink(probe[0])
+        probe.unlink()
     if not all(seen):
         strangers = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
         raise UserError(
             f"{output_dir} is not one folder for all processes: number {strangers} of {len(seen)} (from 0) does not "
             "see the first one's files; name a folder on a disk that all machines share"
         )
+
+
+def _leave_probe(output_dir: Path) -> Path:
+    with naming_writes(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=output_dir, prefix=".shared.")
+        os.close(handle)
+    return Path(name)
 
 
 def is_finished(output_dir: Path, shaping: dict[str, Any]) -> bool:

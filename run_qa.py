@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     repository = hub.open_repository(arguments, output_dir)
     if arguments.resume_from_checkpoint == hub.LAST and not Path(hub.LAST).is_dir():
         arguments.resume_from_checkpoint = None
-        with arguments.main_process_first(local=False, desc="the checkpoint on the Hub"):
-            hub.fetch_run(repository or arguments.hub_model_id, output_dir, arguments.hub_revision)
+        name = repository or arguments.hub_model_id
+        resume.by_first_process(hub.fetch_run, name, output_dir, arguments.hub_revision)
     trained = is_trained(options, shaping, output_dir)
     results = read_results(output_dir)
 
@@ -187,9 +187,7 @@ def train(
     trainer: QuestionAnsweringTrainer, output_dir: Path, shaping: dict[str, Any], fresh_start: bool
 ) -> dict[str, float]:
     """Train from the start or from the last complete checkpoint, and save the model that the run ends with."""
-    if trainer.is_world_process_zero():
-        resume.begin(output_dir, shaping, fresh_start, trainer.args.world_size)
-    trainer.accelerator.wait_for_everyone()
+    resume.by_first_process(resume.begin, output_dir, shaping, fresh_start, trainer.args.world_size)
     processes = resume.stored_run(output_dir)["processes"]
     checkpoint = resume.last_complete_checkpoint(output_dir, processes)
     if trainer.args.resume_from_checkpoint is not None:
@@ -198,9 +196,7 @@ def train(
             raise UserError(f"--resume_from_checkpoint {checkpoint}: not a complete checkpoint of such a run")
     if checkpoint is not None:
         logger.warning(f"resuming from {checkpoint}")
-        if trainer.is_world_process_zero():
-            resume.relocate_best(checkpoint)
-        trainer.accelerator.wait_for_everyone()
+        resume.by_first_process(resume.relocate_best, checkpoint)
     try:
         metrics = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics
     except pickle.UnpicklingError:  # torch.load(weights_only=True) refuses objects, which could run code

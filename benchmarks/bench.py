@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/bench"))
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds, of which the medians count")
-    parser.add_argument("--questions", type=int, default=200, help="questions of training and evaluation")
+    parser.add_argument("--questions", type=int, default=300, help="questions of training and evaluation")
     parser.add_argument("--num_proc", type=int, help="worker processes of the feature building (none)")
     parser.add_argument(
         "--only", nargs="*", help="features, spans, training, learning, evaluation, memory, startup, gpu"

@@ -174,3 +174,15 @@ def test_machines_without_a_shared_disk_are_told_so(sample, one, tmp_path):
     for code, output in ends_of(nodes):
         assert code == 1 and "error: out is not one folder for all processes: number 1 of 2 (from 0)" in output, output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_the_first_machine_refuses_ends_all_of_them(sample, tmp_path):
+    """Only the first process looks for files of others in the folder, behind which the second one must not wait."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "submission.csv").write_text("mine", encoding="utf-8")
+    arguments = command(sample, out, "--do_train", batch=8)
+    nodes = [start(*arguments, launcher=[*TORCHRUN, *node(rank, "127.0.0.1")]) for rank in range(2)]
+    for code, output in ends_of(nodes, seconds=120):
+        assert code == 1 and "error: " in output and "holds submission.csv, which is no run's" in output, output
+    assert [path.name for path in out.iterdir()] == ["submission.csv"]
