@@ -190,7 +190,7 @@ def build_features(
     every example; an example without one gets `NO_LABEL`. `dtype` is the type of token ids and character offsets.
     """
     contexts, context_of = _distinct(batch["context"])
-    questions, paragraphs = tokenize(tokenizer, batch["question"]), tokenize(tokenizer, contexts)
+    questions, paragraphs = tokenize(tokenizer, batch["question"], offsets=False), tokenize(tokenizer, contexts)
     # A question's rows are the windows of its paragraph, which lie one behind the other.
     count = np.ones(len(context_of), dtype=np.int64)
     if windows == "stride":
@@ -227,8 +227,8 @@ def build_features(
     return pa.table(columns)
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tokens:
-    """The tokens of `texts`, whole and without special tokens.
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], offsets: bool = True) -> Tokens:
+    """The tokens of `texts`, whole and without special tokens; without `offsets` they cover no character.
 
     White space at the edges of a token does not count as covered (SentencePiece puts it there); combining marks that
     the tokenizer strips count as covered by the token before them.
@@ -237,17 +237,21 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Tokens
     backend.no_truncation()
     backend.no_padding()
     parts = [list(texts[i : i + _TEXTS_AT_ONCE]) for i in range(0, len(texts), _TEXTS_AT_ONCE)]
-    ids, offsets, lengths = [], [], []
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    ids, pairs, lengths = [], [], []
     # Not the tokenizer's call, which makes Python lists of all tokens of all texts at once. The lists of a
     # part pass while the tokenizer, which needs no Python for it, is at the next part.
     with ThreadPoolExecutor(1) as pool:
-        for encodings in pool.map(functools.partial(backend.encode_batch, add_special_tokens=False), parts):
+        for encodings in pool.map(functools.partial(encode, add_special_tokens=False), parts):
             lengths += map(len, encodings)
             ids.append(_flat(encoding.ids for encoding in encodings))
-            offsets.append(_flat(itertools.chain.from_iterable(encoding.offsets for encoding in encodings)))
+            if offsets:
+                pairs.append(_flat(itertools.chain.from_iterable(encoding.offsets for encoding in encodings)))
     none = np.empty(0, dtype=np.int32)
-    of_text = np.repeat(np.arange(len(texts)), lengths)
-    char_starts, char_ends = _tidy_edges(np.concatenate([*offsets, none]).reshape(-1, 2), of_text, texts)
+    char_starts = char_ends = np.zeros(sum(lengths), dtype=np.int32)
+    if offsets:
+        of_text = np.repeat(np.arange(len(texts)), lengths)
+        char_starts, char_ends = _tidy_edges(np.concatenate([*pairs, none]).reshape(-1, 2), of_text, texts)
     return Tokens(np.concatenate([*ids, none]), char_starts, char_ends, _bounds(lengths))
 
 
