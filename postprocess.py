@@ -145,7 +145,7 @@ def _merge_windows(
 ) -> Candidates:
     present = spans[:, :, 0] != MISSING
     question = np.broadcast_to(examples[:, None], present.shape)[present]
-    start, end = spans[present].T
+    start, end = spans[:, :, 0][present], spans[:, :, 1][present]
     places = int(end.max(initial=0)) + 1
     key = np.ravel_multi_index((question, start, end), (questions, places, places))  # in order of all three
     order = np.argsort(key)

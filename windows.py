@@ -18,7 +18,6 @@ Row of a feature dataset (token lists of one length, positions counted from the 
 - `length`: tokens of the row as the model will see it
 """
 
-import functools
 import itertools
 import pickle
 import unicodedata
@@ -42,7 +41,7 @@ NO_LABEL = 2**20  # beyond every sequence; the loss leaves such rows out
 
 _QUESTIONS_AT_ONCE = 1000  # more make nothing faster and take memory
 _TEXTS_AT_ONCE = 128
-_SORTED_TOGETHER = 2048
+_SORTED_TOGETHER = 1024
 _IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # by code point; none lies beyond
 
 
@@ -240,9 +239,12 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], offsets: 
     encode = backend.encode_batch if offsets else backend.encode_batch_fast
     ids, pairs, lengths = [], [], []
     # Not the tokenizer's call, which makes Python lists of all tokens of all texts at once. The lists of a
-    # part pass while the tokenizer, which needs no Python for it, is at the next part.
+    # part pass while the tokenizer, which needs no Python for it, is at the next part, and no further ahead.
     with ThreadPoolExecutor(1) as pool:
-        for encodings in pool.map(functools.partial(encode, add_special_tokens=False), parts):
+        ahead = [pool.submit(encode, part, add_special_tokens=False) for part in parts[:1]]
+        for following in range(1, len(parts) + 1):
+            encodings = ahead.pop().result()
+            ahead += [pool.submit(encode, part, add_special_tokens=False) for part in parts[following : following + 1]]
             lengths += map(len, encodings)
             ids.append(_flat(encoding.ids for encoding in encodings))
             if offsets:
@@ -376,7 +378,8 @@ class Collator:
                 continue
             values = [row[name] for row in rows]
             if np.ndim(values[0]):
-                padded = np.full(mask.shape, padding.get(name, 0), dtype=np.int64)
+                wide = name in ("input_ids", "token_type_ids")  # which models look up by
+                padded = np.full(mask.shape, padding.get(name, 0), dtype=np.int64 if wide else np.int32)
                 padded[mask] = np.concatenate(values)
                 batch[name] = torch.from_numpy(padded)
             else:
