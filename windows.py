@@ -39,7 +39,6 @@ from files import UserError
 
 NO_LABEL = 2**20  # beyond every sequence; the loss leaves such rows out
 
-_QUESTIONS_AT_ONCE = 1000  # more make nothing faster and take memory
 _TEXTS_AT_ONCE = 128
 _SORTED_TOGETHER = 1024
 _IS_SPACE = np.array([chr(code).isspace() for code in range(0x3002)])  # by code point; none lies beyond
@@ -151,7 +150,6 @@ def split_features(
     return rows.select(order).map(
         _build_in_order,
         batched=True,
-        batch_size=_QUESTIONS_AT_ONCE,
         with_indices=True,
         remove_columns=rows.column_names,
         num_proc=num_proc,
